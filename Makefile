@@ -1,0 +1,50 @@
+# Every target sets up what it needs. PYTHON chooses the interpreter: 3.11, 3.12 or 3.13.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
+WORKDIR ?= runs/mlp
+PYTEST := $(BIN)/python -m pytest
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help train test test-slow lint clean
+
+help:
+	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
+	@echo "make test       set up and run the tests"
+	@echo "make test-slow  the long ones"
+	@echo "make lint       ruff"
+	@echo "make clean      remove the virtual environment and caches (not runs/)"
+
+$(VENV)/installed: requirements.txt requirements-cpu.txt
+	@$(PYTHON) -c "import sys; v = sys.version_info[:2]; (3, 11) <= v <= (3, 13) or sys.exit(f'Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r $(REQUIREMENTS)
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	touch $@
+
+# Without the data set the sample stands in, in a workdir of its own, and says so everywhere.
+train: $(VENV)/installed
+	@if $(BIN)/python -m cifar_jax.fetch_data; then \
+	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR); \
+	else \
+	  echo "CIFAR-10 is not to be had here: training on the small SAMPLE that ships with the package."; \
+	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR)-sample \
+	    --config.data.source=sample --config.steps_per_call=45; \
+	fi
+
+test: $(VENV)/installed-dev lint
+	$(PYTEST) --cov=cifar_jax --cov-report=term --cov-fail-under=90
+
+test-slow: $(VENV)/installed-dev
+	$(PYTEST) -m slow
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage build dist *.egg-info

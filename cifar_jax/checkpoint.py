@@ -1,0 +1,204 @@
+"""Checkpoints by orbax: asynchronous, atomic, the latest few and the best on validation.
+
+A checkpoint is `<workdir>/checkpoints/<step>/`. Its "state" is every array by name, as host arrays
+without any device axis, so that one format serves every execution and number of devices. Its
+"extra" is JSON: the configuration, the running totals, and a digest of the arrays.
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+from cifar_jax.errors import RunError, UserError
+
+FOLDER = "checkpoints"
+CORRUPT_FOLDER = "corrupt_checkpoints"
+METRIC = "validation_accuracy"
+Arrays = dict[str, np.ndarray]
+
+
+def digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of all names, types, shapes and values."""
+    sha256 = hashlib.sha256()
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        sha256.update(array.reshape(-1).view(np.uint8))
+    return sha256.hexdigest()
+
+
+class Checkpointer:
+    """The checkpoints of one workdir, for the run that writes them."""
+
+    def __init__(self, workdir: pathlib.Path, *, keep: int):
+        self.workdir = workdir
+        latest = policies.LatestN(keep)
+        best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_accuracy,  # without it, orbax does not write the metrics down
+            preservation_policy=policies.AnyPreservationPolicy([latest, best]),
+            cleanup_tmp_directories=True,
+        )
+        self.manager = _guard(
+            workdir, lambda: ocp.CheckpointManager(workdir / FOLDER, options=options)
+        )
+
+    def save(
+        self, step: int, arrays: Arrays, extra: Mapping[str, Any], *, accuracy: float | None
+    ) -> None:
+        """Starts to save, after the previous save has ended.
+
+        Args:
+          step: finished updates.
+          arrays: host arrays that nobody changes any more.
+          extra: JSON values.
+          accuracy: on validation, where it was measured at this step; the best one is kept.
+
+        Raises:
+          RunError: if this or the previous save fails, or an array holds NaN or Inf.
+        """
+        for name, array in arrays.items():
+            if not np.all(np.isfinite(array)):
+                raise RunError(
+                    f"{name} holds NaN or Inf after step {step}; not saved. "
+                    f"The last good checkpoint is {self.describe_latest()}"
+                )
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(arrays),
+            extra=ocp.args.JsonSave({**extra, "sha256": digest(arrays)}),
+        )
+        metrics = None if accuracy is None else {METRIC: accuracy}
+
+        def replace():
+            # A signal may have saved this step before its evaluation.
+            if step in self.manager.all_steps():
+                self.manager.delete(step)
+            self.manager.save(step, args=args, metrics=metrics)
+
+        _guard(self.workdir, replace)
+
+    def wait(self) -> None:
+        """Waits for the save under way.
+
+        Raises:
+          RunError: if it failed.
+        """
+        _guard(self.workdir, self.manager.wait_until_finished)
+
+    def describe_latest(self) -> str:
+        """Returns "step 1125 in <folder>", or "none", for messages."""
+        step = self.manager.latest_step()
+        return "none" if step is None else f"step {step} in {self.workdir / FOLDER}"
+
+    def restore_latest(self, warn: Callable[[str], None]) -> tuple[int, Arrays, dict] | None:
+        """Reads the latest checkpoint that is whole; moves damaged ones aside.
+
+        Args:
+          warn: is told of every checkpoint that is passed over.
+
+        Returns:
+          Step, arrays and extra, or None where there is no checkpoint.
+
+        Raises:
+          UserError: where checkpoints exist and none can be read.
+        """
+        steps = sorted(self.manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                arrays, extra = read_checkpoint(self.workdir, step)
+            except UserError as error:
+                warn(f"{error}; going back to the checkpoint before it")
+                continue
+            self._move_aside([damaged for damaged in steps if damaged > step])
+            return step, arrays, extra
+        if steps:
+            raise UserError(
+                f"{self.workdir / FOLDER}: none of the checkpoints {steps} can be read; "
+                "restore one from a backup or use another --workdir"
+            )
+        return None
+
+    def _move_aside(self, steps: list[int]) -> None:
+        for step in steps:
+            target = self.workdir / CORRUPT_FOLDER
+            target.mkdir(exist_ok=True)
+            shutil.rmtree(target / str(step), ignore_errors=True)
+            (self.workdir / FOLDER / str(step)).rename(target / str(step))
+        if steps:
+            self.manager.reload()
+
+    def close(self) -> None:
+        """Releases the manager's threads."""
+        self.manager.close()
+
+
+def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str, Any]]:
+    """Reads and verifies one checkpoint.
+
+    Raises:
+      UserError: if anything is missing, unreadable or not what was saved.
+    """
+    folder = workdir / FOLDER / str(step)
+    try:
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            arrays = checkpointer.restore(folder / "state")
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            extra = checkpointer.restore(folder / "extra")
+        arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        intact = digest(arrays) == extra["sha256"]
+    # A damaged file surfaces as whatever the layer below it raises.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder} is damaged ({type(error).__name__}: {reason})") from error
+    if not intact:
+        raise UserError(f"{folder} is damaged (its arrays do not match their SHA-256)")
+    return arrays, extra
+
+
+def find_step(workdir: pathlib.Path, which: str) -> int:
+    """Returns the step of the "latest" checkpoint, or of the "best" on validation.
+
+    Raises:
+      UserError: where there is none.
+    """
+    folder = workdir / FOLDER
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    if which == "best":
+        files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
+        ranks = {
+            step: (json.loads(file.read_text())[METRIC], step)
+            for step, file in files.items()
+            if file.exists()
+        }
+    else:
+        ranks = {step: step for step in steps}
+    if not ranks:
+        raise UserError(
+            f"{folder} holds no {which} checkpoint; train until one has been saved, "
+            "or name another --workdir"
+        )
+    return max(ranks, key=ranks.get)
+
+
+def _accuracy(metrics: Mapping[str, float]) -> float:
+    return metrics[METRIC]
+
+
+def _guard(workdir: pathlib.Path, action: Callable[[], Any]) -> Any:
+    """Runs a write and turns its failure, a full disk above all, into one line."""
+    try:
+        return action()
+    # Failures of the background write come wrapped in whatever orbax and tensorstore raise.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise RunError(
+            f"{workdir / FOLDER}: the checkpoint could not be written "
+            f"({type(error).__name__}: {reason}); earlier checkpoints are untouched"
+        ) from error

@@ -1,0 +1,199 @@
+"""What a configuration may hold: values, durations, and what may change when a run is resumed.
+
+`ml_collections` already refuses unknown keys and wrong types; here are the impossible values.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from cifar_jax.errors import UserError
+
+UINT32_MAX = 2**32 - 1
+Rule = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and that in words
+
+
+def _choice(*names: str) -> Rule:
+    return lambda v: v in names, f"one of {', '.join(names)}"
+
+
+def _whole(low: int, high: int = UINT32_MAX) -> Rule:
+    return lambda v: _is_int(v) and low <= v <= high, f"a whole number from {low} to {high}"
+
+
+def _number(is_right: Callable[[float], bool], expected: str) -> Rule:
+    return lambda v: isinstance(v, int | float) and math.isfinite(v) and is_right(v), expected
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+SEED, COUNT = _whole(0), _whole(1)
+TEXT = (lambda v: isinstance(v, str) and bool(v), "a text that is not empty")
+SWITCH = (lambda v: isinstance(v, bool), "True or False")
+POSITIVE = _number(lambda v: v > 0, "a positive number")
+NOT_NEGATIVE = _number(lambda v: v >= 0, "0 or more")
+FRACTION = _number(lambda v: 0 <= v <= 1, "a number from 0 to 1")
+DECAY = _number(lambda v: 0 <= v < 1, "a number from 0 to below 1")
+SIZES = (lambda v: all(_is_int(n) and n >= 1 for n in v), "whole numbers of at least 1")
+
+PERIODS = ("train_for", "evaluate_every", "log_every", "checkpoint_every")  # at least one step
+RULES: dict[str, Rule] = {
+    "seed": SEED,
+    **dict.fromkeys(PERIODS, TEXT),
+    "batch_size": COUNT,
+    "steps_per_call": COUNT,
+    "eval_batch_size": COUNT,
+    "keep_checkpoints": COUNT,
+    "execution": _choice("jit", "pmap"),
+    "matmul_precision": _choice("default", "high", "highest"),
+    "data.source": _choice("auto", "sample", "tfds"),
+    "data.directory": TEXT,
+    "data.protocol": _choice("notebook", "standard"),
+    "data.split_seed": SEED,
+    "model.name": _choice("mlp"),
+    "model.compute_dtype": _choice("float32", "bfloat16"),
+    "model.hidden_sizes": SIZES,
+    "optimizer.name": _choice("rmsprop", "sgd", "adam", "adamw"),
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.momentum": DECAY,
+    "optimizer.nesterov": SWITCH,
+    "optimizer.decay": DECAY,
+    "optimizer.beta1": DECAY,
+    "optimizer.beta2": DECAY,
+    "optimizer.epsilon": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.clip_norm": NOT_NEGATIVE,
+    "schedule.name": _choice("constant", "cosine"),
+    "schedule.warmup": TEXT,
+    "schedule.final_fraction": FRACTION,
+}
+
+# Where a run stores, logs and looks may change between two starts; what it computes may not.
+MAY_CHANGE = frozenset(
+    ("data.source", "data.directory", "log_every", "checkpoint_every", "keep_checkpoints")
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A number of epochs or of steps, as written in a configuration."""
+
+    value: float
+    unit: str  # "epoch" or "step"
+
+    @classmethod
+    def parse(cls, text: str, *, key: str) -> "Duration":
+        """Reads "10 epochs", "0.5 epoch" or "500 steps".
+
+        Raises:
+          UserError: naming `key`, for anything else, negative numbers and parts of a step.
+        """
+        try:
+            number, unit = text.split()
+            value, unit = float(number), unit.removesuffix("s")
+        except ValueError:
+            value, unit = math.nan, ""
+        whole = unit == "epoch" or value == int(value if math.isfinite(value) else 0)
+        if unit not in ("epoch", "step") or not math.isfinite(value) or value < 0 or not whole:
+            raise UserError(
+                f'config.{key} is "{text}"; expected a number and its unit, such as "10 epochs" '
+                'or "500 steps"'
+            )
+        return cls(value, unit)
+
+    def steps(self, steps_per_epoch: int) -> int:
+        """Returns the duration in whole training steps, rounded to the nearest."""
+        return round(self.value * (steps_per_epoch if self.unit == "epoch" else 1))
+
+
+def durations_in_steps(config: Mapping[str, Any], steps_per_epoch: int) -> dict[str, int]:
+    """Returns every duration of `config` in steps, keyed as in the configuration.
+
+    Raises:
+      UserError: for a period that comes out below one step.
+    """
+    texts = {key: config[key] for key in PERIODS}
+    steps = {key: Duration.parse(t, key=key).steps(steps_per_epoch) for key, t in texts.items()}
+    for key, value in steps.items():
+        if value < 1:
+            raise UserError(
+                f'config.{key} is "{texts[key]}"; that is less than one step '
+                f"(an epoch has {steps_per_epoch})"
+            )
+    warmup = Duration.parse(config["schedule"]["warmup"], key="schedule.warmup")
+    steps["warmup"] = warmup.steps(steps_per_epoch)
+    if steps["warmup"] > steps["train_for"]:
+        raise UserError(
+            f"config.schedule.warmup is {steps['warmup']} steps; the whole run "
+            f"(config.train_for) has {steps['train_for']}"
+        )
+    return steps
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields ("optimizer.name", "rmsprop") and so on, in the order of the configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping | ml_collections.ConfigDict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Returns plain nested dictionaries and lists that JSON can hold."""
+    nested = config.to_dict()
+    return {
+        key: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
+        if isinstance(value, dict)
+        else value
+        for key, value in nested.items()
+    }
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Refuses impossible values before anything is read or written.
+
+    Raises:
+      UserError: naming the key, the value found and what would have been right.
+    """
+    values = dict(flatten(config))
+    for key in sorted(RULES.keys() ^ values.keys()):
+        what = "missing; configs/common.py has it" if key in RULES else "not a known field"
+        raise UserError(f"config.{key} is {what}")
+    for key, (is_right, expected) in RULES.items():
+        if not is_right(values[key]):
+            raise UserError(f"config.{key} is {values[key]!r}; expected {expected}")
+    for key in (*PERIODS, "schedule.warmup"):
+        Duration.parse(values[key], key=key)
+    if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
+        raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
+
+
+def check_same_run(config: Mapping[str, Any], saved: Mapping[str, Any], *, workdir: str) -> None:
+    """Refuses to go on with a checkpoint that another configuration made.
+
+    Args:
+      config: the run's configuration, as `to_dict` gives it.
+      saved: the configuration stored with the checkpoint.
+      workdir: named in the message.
+
+    Raises:
+      UserError: listing every key that differs and may not.
+    """
+    ours, theirs = dict(flatten(config)), dict(flatten(saved))
+    free = MAY_CHANGE | ({"train_for"} if ours["schedule.name"] == "constant" else set())
+    differing = [
+        f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}"
+        for key in sorted(ours.keys() | theirs.keys())
+        if key not in free and ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a run of another configuration: {'; '.join(differing)}. "
+            "Use another --workdir, or the configuration it was started with"
+        )

@@ -1,0 +1,94 @@
+"""The input pipeline: `tf.data` gathers training batches, evaluation slices its split in order.
+
+Batch k is a function of (seed, k) alone: a stateless permutation gives the image at any position of
+any epoch, so that a run starts at any step at no cost and hosts agree without speaking. Pixels
+leave the host as uint8.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from cifar_jax.data.splits import Split
+
+
+def train_batches(
+    split: Split,
+    calls: Sequence[tuple[int, int]],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this host's share of the batches of each call, prefetched.
+
+    An epoch is a permutation of the split; what does not fill a batch at its end is left out, and
+    is another part of the split in every epoch.
+
+    Args:
+      split: the training images.
+      calls: (first step, number of steps) of each call; a call does not cross an epoch.
+      batch_size: images of a global batch.
+      seed: 0 to 2**32 - 1.
+      process_index: this host.
+      process_count: hosts; they share a global batch in equal, consecutive parts.
+
+    Yields:
+      "image" uint8 [steps, batch_size / hosts, 32, 32, 3] and "label" int32 [steps, same].
+    """
+    # TensorFlow takes seconds to import, and nothing but training pays for it.
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")
+    steps_per_epoch = len(split) // batch_size
+    share = batch_size // process_count
+    last = tf.constant(len(split) - 1, tf.int64)
+    columns = tf.range(process_index * share, (process_index + 1) * share, dtype=tf.int64)
+    # Shared memory: `tf.constant` would copy 150 MB twice.
+    images = tf.experimental.dlpack.from_dlpack(split.images.__dlpack__())
+    labels = tf.constant(split.labels)
+    indices = tf.constant(split.indices, tf.int64)
+
+    def gather(start, steps):
+        epoch, first = start // steps_per_epoch, start % steps_per_epoch
+        rows = (first + tf.range(steps)) * batch_size
+        positions = rows[:, None] + columns[None, :]
+        epoch_seed = tf.stack([tf.constant(seed, tf.uint32), tf.cast(epoch, tf.uint32)])
+        shuffled = tf.random.experimental.index_shuffle(
+            tf.reshape(positions, [-1]), epoch_seed, last
+        )
+        chosen = tf.reshape(tf.gather(indices, shuffled), tf.shape(positions))
+        return {"image": tf.gather(images, chosen), "label": tf.gather(labels, chosen)}
+
+    options = tf.data.Options()
+    # Constant folding would copy the images into the graph.
+    options.experimental_optimization.apply_default_optimizations = False
+    starts, lengths = np.array(calls, np.int64).reshape(-1, 2).T
+    dataset = tf.data.Dataset.from_tensor_slices((starts, lengths)).map(gather)
+    return dataset.with_options(options).prefetch(2).as_numpy_iterator()
+
+
+def eval_batches(
+    split: Split, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this host's share of the split in order, the last batch padded.
+
+    Every host yields equally many batches of equal shape; padding repeats the first image and is
+    masked.
+
+    Args:
+      split: the images to evaluate.
+      batch_size: images of a global batch.
+      process_index: this host.
+      process_count: hosts; they share a global batch in equal, consecutive parts.
+
+    Yields:
+      "image" uint8 [batch_size / hosts, 32, 32, 3], "label" int32 and "mask" bool, [same].
+    """
+    share = batch_size // process_count
+    for start in range(0, len(split), batch_size):
+        positions = start + process_index * share + np.arange(share)
+        mask = positions < len(split)
+        chosen = split.indices[np.where(mask, positions, 0)]
+        yield {"image": split.images[chosen], "label": split.labels[chosen], "mask": mask}

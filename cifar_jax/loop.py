@@ -1,0 +1,275 @@
+"""The training loop: calls of compiled steps, and at their edges rows, evaluations and saves."""
+
+import contextlib
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from cifar_jax.checkpoint import Checkpointer
+from cifar_jax.data import pipeline
+from cifar_jax.data.splits import Split
+from cifar_jax.errors import RunError
+from cifar_jax.metrics import Metrics, Totals
+from cifar_jax.parallel import JitExecution, PmapExecution
+from cifar_jax.plan import is_due, plan_calls
+from cifar_jax.recording.recorder import Recorder, SilentRecorder
+from cifar_jax.signals import StopSignal
+from cifar_jax.state import TrainState, to_arrays
+
+PROFILE_FOLDER = "profile"
+PROFILED_CALLS = slice(1, 4)  # the first one compiles
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The run's numbers, durations in steps."""
+
+    seed: int
+    batch_size: int
+    eval_batch_size: int
+    steps_per_call: int
+    steps_per_epoch: int
+    total: int
+    warmup: int
+    evaluate_every: int
+    log_every: int
+    checkpoint_every: int
+
+    def calls(self, start: int) -> list[tuple[int, int]]:
+        """Returns (first step, steps) of each call from `start` on."""
+        periods = [
+            self.steps_per_epoch,
+            self.evaluate_every,
+            self.log_every,
+            self.checkpoint_every,
+        ]
+        return plan_calls(start, self.total, steps_per_call=self.steps_per_call, periods=periods)
+
+
+@dataclasses.dataclass
+class History:
+    """What a resumed run must remember beside its arrays."""
+
+    since_evaluation: Totals = dataclasses.field(default_factory=Totals)
+    since_log: Totals = dataclasses.field(default_factory=Totals)
+    evaluated_step: int = 0
+    best_accuracy: float = -1.0
+    train_seconds: float = 0.0  # without compilation, evaluation and saves
+    rows: int = 0  # written to the log: a resumed run cuts it back to these
+
+    @classmethod
+    def from_json(cls, saved: dict[str, Any]) -> "History":
+        """Reads what `dataclasses.asdict` gave."""
+        totals = {key: Totals(**saved[key]) for key in ("since_evaluation", "since_log")}
+        return cls(**{**saved, **totals})
+
+
+@dataclasses.dataclass
+class PendingCall:
+    """A dispatched call whose metrics have not been fetched yet."""
+
+    start: int
+    steps: int
+    metrics: Metrics  # stacked [steps], on the device
+    dispatched: float  # seconds, time.perf_counter
+    compiled: bool
+
+
+class Loop:
+    """Trains a state; `fit` returns at the end of the run or after a stop signal."""
+
+    def __init__(
+        self,
+        *,
+        state: TrainState,
+        history: History,
+        plan: Plan,
+        schedule: optax.Schedule,
+        splits: dict[str, Split],
+        execution: JitExecution | PmapExecution,
+        checkpointer: Checkpointer,
+        checkpoint_extra: dict[str, Any],
+        recorder: Recorder | SilentRecorder,
+        stop: StopSignal,
+    ):
+        self.step = int(state.step)
+        self.state = execution.place(state)
+        self.history = history
+        self.plan = plan
+        self.schedule = schedule
+        self.splits = splits
+        self.execution = execution
+        self.checkpointer = checkpointer
+        self.checkpoint_extra = checkpoint_extra
+        self.recorder = recorder
+        self.stop = stop
+        self.saved_step = self.step
+        self._pending: PendingCall | None = None
+        self._compiled_lengths: set[int] = set()
+        self._settled = time.perf_counter()
+
+    def fit(self, profile_folder: pathlib.Path | None = None) -> None:
+        """Runs what is left of the plan.
+
+        Args:
+          profile_folder: takes a trace of a few calls, where given.
+
+        Raises:
+          RunError: when a loss is not finite or a checkpoint cannot be written.
+        """
+        self.finish_edge()  # a signal may have come between the last call and its evaluation
+        calls = self.plan.calls(self.step)
+        if calls:
+            self.train(calls, profile_folder)
+        if self.saved_step != self.step:
+            self.save(accuracy=None)
+        self.checkpointer.wait()
+
+    def train(self, calls: list[tuple[int, int]], profile_folder: pathlib.Path | None) -> None:
+        """Makes the calls, as far as no signal comes."""
+        plan = self.plan
+        batches = pipeline.train_batches(
+            self.splits["train"],
+            calls,
+            batch_size=plan.batch_size,
+            seed=plan.seed,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        with contextlib.ExitStack() as trace:
+            for number, ((_, steps), batch) in enumerate(zip(calls, batches, strict=True)):
+                if self.stop.received is not None:
+                    break
+                if profile_folder and number == PROFILED_CALLS.start:
+                    trace.enter_context(jax.profiler.trace(str(profile_folder)))
+                self.dispatch(batch, steps)
+                if number == PROFILED_CALLS.stop - 1:
+                    self.settle()
+                    trace.close()
+                self.finish_edge()
+        self.settle()
+
+    def dispatch(self, batch: dict[str, np.ndarray], steps: int) -> None:
+        """Starts a call, then fetches the metrics of the one before it."""
+        compiled = steps not in self._compiled_lengths
+        if compiled:
+            self.settle()
+        dispatched = time.perf_counter()
+        self.state, metrics = self.execution.train(self.state, batch)
+        call = PendingCall(self.step, steps, metrics, dispatched, compiled)
+        self._compiled_lengths.add(steps)
+        self.step += steps
+        self.settle()
+        self._pending = call
+
+    def settle(self) -> None:
+        """Fetches the metrics of the pending call and adds them up."""
+        call, self._pending = self._pending, None
+        if call is None:
+            return
+        metrics = jax.device_get(call.metrics)
+        now = time.perf_counter()
+        seconds = None if call.compiled else now - max(call.dispatched, self._settled)
+        self._settled = now
+        self.check_finite(call.start, metrics.loss)
+        self.history.train_seconds += seconds or 0.0
+        totals = Totals()
+        for sums in (totals, self.history.since_evaluation, self.history.since_log):
+            sums.add(metrics)
+        self.recorder.update(
+            call.start + call.steps, **totals.means(), seconds=seconds, steps=call.steps
+        )
+
+    def check_finite(self, start: int, losses: np.ndarray) -> None:
+        """Stops the run at the first loss that is NaN or Inf.
+
+        Raises:
+          RunError: with step, learning rate and last good checkpoint.
+        """
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            step = start + int(bad[0])
+            self.checkpointer.wait()
+            raise RunError(
+                f"the training loss is {losses[bad[0]]} at step {step} "
+                f"(learning rate {float(self.schedule(step)):g}); last good checkpoint: "
+                f"{self.checkpointer.describe_latest()}. Lower config.optimizer.learning_rate or "
+                "set config.optimizer.clip_norm"
+            )
+
+    def finish_edge(self) -> None:
+        """Does what is due after the last call: a row, an evaluation, a save."""
+        plan, step, accuracy = self.plan, self.step, None
+        log_due = is_due(step, plan.log_every, plan.total)
+        evaluation_due = is_due(step, plan.evaluate_every, plan.total)
+        evaluation_due = evaluation_due and step > self.history.evaluated_step
+        checkpoint_due = is_due(step, plan.checkpoint_every, plan.total) and step > self.saved_step
+        if log_due or evaluation_due or checkpoint_due:
+            self.settle()
+        if log_due and self.history.since_log.count:
+            self.write_row("train", self.history.since_log.means())
+            self.history.since_log = Totals()
+        if evaluation_due and self.stop.received is None:
+            accuracy = self.evaluate_and_record()
+        is_best = accuracy is not None and accuracy == self.history.best_accuracy
+        if (checkpoint_due or is_best) and self.stop.received is None:
+            self.save(accuracy=accuracy)
+        self._settled = time.perf_counter()
+
+    def evaluate_and_record(self) -> float | None:
+        """Evaluates on validation and writes the row; None if a signal cut it short."""
+        totals = self.evaluate(self.splits["validation"])
+        if totals is None:
+            return None
+        history = self.history
+        validation = totals.means("validation_")
+        self.write_row("evaluation", history.since_evaluation.means("train_") | validation)
+        history.since_evaluation = Totals()
+        history.evaluated_step = self.step
+        history.best_accuracy = max(history.best_accuracy, validation["validation_accuracy"])
+        return validation["validation_accuracy"]
+
+    def evaluate(self, split: Split) -> Totals | None:
+        """Returns the totals over exactly the images of a split; None if a signal cut it short."""
+        totals, pending = Totals(), None
+        batches = pipeline.eval_batches(
+            split,
+            batch_size=self.plan.eval_batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in batches:
+            if self.stop.received is not None:
+                return None
+            metrics = self.execution.evaluate(self.state, batch)
+            if pending is not None:
+                totals.add(jax.device_get(pending))
+            pending = metrics
+        totals.add(jax.device_get(pending))
+        assert totals.count == len(split), (totals.count, len(split))
+        return totals
+
+    def write_row(self, event: str, metrics: dict[str, float]) -> None:
+        """Adds a row of the present step to the log."""
+        row = {
+            "step": self.step,
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "event": event,
+            **metrics,
+            "learning_rate": float(self.schedule(self.step - 1)),  # of the last update
+            "train_seconds": self.history.train_seconds,
+        }
+        self.recorder.write(row)
+        self.history.rows += 1
+
+    def save(self, *, accuracy: float | None) -> None:
+        """Starts to save the present state; `accuracy` is its own on validation, if known."""
+        arrays = to_arrays(self.execution.to_host_tree(self.state))
+        extra = {**self.checkpoint_extra, "history": dataclasses.asdict(self.history)}
+        self.checkpointer.save(self.step, arrays, extra, accuracy=accuracy)
+        self.saved_step = self.step

@@ -1,0 +1,89 @@
+"""Train a model: the MLP baseline or the pretrained ResNet-50.
+
+    python -m cifar_jax.main --config=configs/mlp.py --workdir=runs/mlp
+    python -m cifar_jax.main --config=configs/mlp.py --workdir=runs/b64 --config.batch_size=64
+
+The same command goes on where a stopped run left off. Every field of the configuration, with its
+unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
+"""
+
+import os
+import sys
+from typing import NoReturn
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from cifar_jax.config import flatten
+from cifar_jax.errors import UserError, exit_on_user_error
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Configuration file, such as configs/mlp.py.", lock_config=True
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder for checkpoints, metrics, figure and record; resumed if it has them."
+)
+HELP = flags.DEFINE_bool("help", False, "Show this.")
+PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
+
+
+def parse_flags(argv: list[str]) -> None:
+    """Parses the command line into the flags above.
+
+    Raises:
+      UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
+    """
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        loaded = CONFIG.value is not None and bool(CONFIG.value.keys())
+    # A configuration file is a program: reading it may raise anything.
+    except Exception as error:
+        reason = " ".join(str(error.args[0] if error.args else error).split())
+        raise UserError(f"{reason}; see --help") from error
+    if HELP.value:
+        show_help()
+    if rest:
+        raise UserError(f"unexpected argument {rest[0]!r}; every option is --NAME=VALUE")
+    if not loaded:
+        raise UserError("--config is missing; for example --config=configs/mlp.py")
+    if not WORKDIR.value:
+        raise UserError("--workdir is missing; for example --workdir=runs/mlp")
+
+
+def show_help() -> NoReturn:
+    """Prints what the command does, its flags, and the fields of the configuration if given."""
+    print(__doc__)
+    for flag in (CONFIG, WORKDIR, PROFILE):
+        print(f"--{flag.name}: {flags.FLAGS[flag.name].help}")
+    if CONFIG.value is None:
+        print("\nWith --config=FILE, --help lists the fields of that file too.")
+    else:
+        print("\nFields of this configuration:")
+        for key, value in flatten(CONFIG.value):
+            print(f"--config.{key}={value}")
+    sys.exit(0)
+
+
+def main(argv: list[str] = sys.argv) -> None:
+    """Runs the command; exits with 0, 1 (failed run), 2 (bad input) or 128 + signal."""
+    with exit_on_user_error():
+        parse_flags(argv)
+        logging.set_verbosity(logging.ERROR)
+        # TensorFlow only feeds the input pipeline: its notes on CPU features are noise here, and
+        # the one on oneDNN comes whatever the log level is.
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
+        from cifar_jax import report, train
+
+        result = train.train_and_evaluate(CONFIG.value, WORKDIR.value, profile=PROFILE.value)
+        command = f"python -m cifar_jax.main {' '.join(argv[1:])}"
+        if result.stopped_by is not None:
+            print(f"stopped and saved at step {result.step}; to go on: {command}", file=sys.stderr)
+            sys.exit(128 + result.stopped_by)
+        print(report.notebook_table(result.record, result.rows))
+        print(f"next: python -m cifar_jax.predict --workdir={WORKDIR.value} PICTURE...")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Devices: how the pure steps are compiled and where their arrays lie.
+
+`JitExecution` (default) is one program over a one-axis mesh: the batch is sharded, the state
+replicated, and the compiler inserts the reductions. `PmapExecution` runs one program a device and
+reduces by name. Both make the same updates. One call scans over a stack of batches.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+from cifar_jax.errors import UserError
+from cifar_jax.metrics import Metrics
+from cifar_jax.state import TrainState
+from cifar_jax.steps import eval_step, train_step
+
+AXIS = "data"
+HostBatch = Mapping[str, np.ndarray]
+
+
+def scan_train_steps(
+    state: TrainState, batches: Mapping[str, jax.Array], *, axis_name: str | None = None
+) -> tuple[TrainState, Metrics]:
+    """Runs `train_step` over a stack of batches [steps, B, ...]; metrics come back as [steps]."""
+    step = functools.partial(train_step, axis_name=axis_name)
+    return jax.lax.scan(step, state, batches)
+
+
+class JitExecution:
+    """Global arrays under `jax.jit` with `NamedSharding`."""
+
+    def __init__(self):
+        mesh = jax.make_mesh((jax.device_count(),), (AXIS,))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self.batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
+        self.stack_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        self.compiled_train = jax.jit(
+            scan_train_steps, donate_argnums=0, out_shardings=self.replicated
+        )
+        self.compiled_eval = jax.jit(eval_step, out_shardings=self.replicated)
+
+    def place(self, state: TrainState) -> TrainState:
+        """Puts a state of host arrays on every device."""
+        return jax.device_put(state, self.replicated)
+
+    def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
+        """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
+        return self.compiled_train(state, self._put(batches, self.stack_sharding))
+
+    def evaluate(self, state: TrainState, batch: HostBatch) -> Metrics:
+        """Returns the metrics of this host's share [B, ...] of one global batch."""
+        return self.compiled_eval(state, self._put(batch, self.batch_sharding))
+
+    def to_host_tree(self, state: TrainState) -> TrainState:
+        """Returns the state without any device axis, ready to be copied to the host."""
+        return state
+
+    def _put(self, batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
+        put = functools.partial(jax.make_array_from_process_local_data, sharding)
+        return {name: put(array) for name, array in batch.items()}
+
+
+class PmapExecution:
+    """One replica a device under `jax.pmap`; the state has a leading device axis."""
+
+    def __init__(self):
+        self.devices = jax.local_devices()
+        mapped = functools.partial(jax.pmap, axis_name=AXIS)
+        self.compiled_train = mapped(
+            functools.partial(scan_train_steps, axis_name=AXIS), donate_argnums=0
+        )
+        self.compiled_eval = mapped(functools.partial(eval_step, axis_name=AXIS))
+
+    def place(self, state: TrainState) -> TrainState:
+        """Puts a state of host arrays on every device."""
+        return jax.device_put_replicated(state, self.devices)
+
+    def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
+        """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
+        split = {name: np.moveaxis(self._split(x, 1), 1, 0) for name, x in batches.items()}
+        state, metrics = self.compiled_train(state, split)
+        return state, self.to_host_tree(metrics)
+
+    def evaluate(self, state: TrainState, batch: HostBatch) -> Metrics:
+        """Returns the metrics of this host's share [B, ...] of one global batch."""
+        split = {name: self._split(x, 0) for name, x in batch.items()}
+        return self.to_host_tree(self.compiled_eval(state, split))
+
+    def to_host_tree(self, state: Any) -> Any:
+        """Returns the first replica: a checkpoint holds no device axis."""
+        return jax.tree.map(lambda x: x[0], state)
+
+    def _split(self, array: np.ndarray, axis: int) -> np.ndarray:
+        """Cuts the batch axis [..., B, ...] into [..., devices, B / devices, ...]."""
+        shape = array.shape
+        return array.reshape(*shape[:axis], len(self.devices), -1, *shape[axis + 1 :])
+
+
+def create_execution(name: str) -> JitExecution | PmapExecution:
+    """Returns the execution that `config.execution` names."""
+    return {"jit": JitExecution, "pmap": PmapExecution}[name]()
+
+
+def check_batch_size(batch_size: int, *, key: str) -> None:
+    """Refuses a global batch that the devices cannot share equally.
+
+    Raises:
+      UserError: naming `key`.
+    """
+    devices = jax.device_count()
+    if batch_size % devices:
+        raise UserError(
+            f"config.{key} is {batch_size}; expected a multiple of the {devices} devices"
+        )

@@ -1,0 +1,110 @@
+"""How far training is: a bar on a terminal, a plain line now and then in a file or pipe."""
+
+import sys
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Shows epoch, step, speed, loss, accuracy and the time left. For one process (host 0) only."""
+
+    def __init__(
+        self,
+        *,
+        total_steps: int,
+        steps_per_epoch: int,
+        batch_size: int,
+        start_step: int,
+        stream: TextIO | None = None,
+    ):
+        """Starts at `start_step`.
+
+        Args:
+            total_steps: steps of the whole run.
+            steps_per_epoch: steps of one epoch.
+            batch_size: images of one step, over all devices.
+            start_step: finished steps (a resumed run's are not 0).
+            stream: where to write; standard error where not given.
+        """
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._batch_size = batch_size
+        self._step = start_step
+        self._counted_steps = 0
+        self._counted_seconds = 0.0
+        self._line_time = time.monotonic()
+        self._stream = stream or sys.stderr
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_steps,
+                initial=start_step,
+                desc=self._epoch(),
+                file=self._stream,
+                dynamic_ncols=True,
+                miniters=1,
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+            )
+
+    def update(
+        self, step: int, *, loss: float, accuracy: float, seconds: float | None, steps: int
+    ) -> None:
+        """Reports one finished call of the training step.
+
+        Args:
+            step: finished steps, those of this call included.
+            loss: mean training loss of the call.
+            accuracy: training accuracy of the call, 0..1.
+            seconds: what the call took; None for one that also compiled: it does not count in
+                speed and time left.
+            steps: steps of the call.
+        """
+        if seconds is not None:
+            self._counted_steps += steps
+            self._counted_seconds += seconds
+        before, self._step = self._step, step
+        status = f"loss {loss:.4f}, accuracy {accuracy:.4f}{self._speed()}"
+        if self._bar is not None:
+            self._bar.set_description_str(self._epoch(), refresh=False)
+            self._bar.set_postfix_str(status, refresh=False)
+            self._bar.update(step - before)
+            return
+        epoch_ended = step // self._steps_per_epoch > before // self._steps_per_epoch
+        waited = time.monotonic() - self._line_time >= SECONDS_BETWEEN_LINES
+        if epoch_ended or waited or step == self._total_steps:
+            self._line_time = time.monotonic()
+            self.message(f"{self._epoch()}, step {step}/{self._total_steps}, {status}")
+
+    def message(self, text: str) -> None:
+        """Prints a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands and ends its line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _epoch(self) -> str:
+        """The epoch that the last finished step belongs to, counted from 1."""
+        epoch = max(1, -(-self._step // self._steps_per_epoch))
+        return f"epoch {epoch}/{-(-self._total_steps // self._steps_per_epoch)}"
+
+    def _speed(self) -> str:
+        """Speed and time left, from calls that did not compile."""
+        if not self._counted_seconds:
+            return ""
+        steps_per_second = self._counted_steps / self._counted_seconds
+        left = (self._total_steps - self._step) / steps_per_second
+        images_per_second = steps_per_second * self._batch_size
+        # A large model on a CPU does a few images a second: keep three figures there.
+        speed = (
+            f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
+        )
+        return f", {speed} images/s, ETA {tqdm.format_interval(left)}"

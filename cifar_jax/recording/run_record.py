@@ -1,0 +1,165 @@
+"""`run.json`: what a run was made of (config, data, versions, machine) and what came out of it."""
+
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from operator import methodcaller
+from pathlib import Path
+
+from filelock import FileLock
+
+import cifar_jax
+from cifar_jax.errors import UserError
+from cifar_jax.recording.files import write_atomically, writing
+
+RECORD_NAME = "run.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def describe_environment() -> dict:
+    """Tells versions, machine, code and command of this process.
+
+    Returns:
+        Plain values, for `run.json`. What cannot be found out is None.
+    """
+    import jax  # here, because whoever only reads a record need not wait for it
+
+    devices = jax.devices()
+    return {
+        "started": _now(),
+        "command": shlex.join(sys.orig_argv),
+        "git": describe_git(Path(cifar_jax.__file__).parent),
+        "versions": {
+            "python": platform.python_version(),
+            "cifar_jax": cifar_jax.__version__,
+            **{package: _version(package) for package in PACKAGES},
+        },
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "device_kind": devices[0].device_kind,
+        "device_count": len(devices),
+        "process_count": jax.process_count(),
+    }
+
+
+def describe_git(folder: Path) -> dict | None:
+    """Names the commit that the code in `folder` belongs to.
+
+    Returns:
+        {"commit": full hash, "dirty": whether tracked files were changed}; None without git,
+        outside a repository, and where the repository does not track this code (a package
+        installed into another project's folder).
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(folder), *arguments]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=30
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        commit = git("rev-parse", "HEAD")
+        return {
+            "commit": commit,
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def has_run_record(workdir: str | os.PathLike) -> bool:
+    """Tells whether a run has left its record here."""
+    return (Path(workdir) / RECORD_NAME).exists()
+
+
+def read_run_record(workdir: str | os.PathLike) -> dict:
+    """Reads a run's record.
+
+    Raises:
+        UserError: there is none, or it is not a JSON object.
+    """
+    path = Path(workdir) / RECORD_NAME
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{path}: not found; give the --workdir of a run") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); restore or delete it") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def update_run_record(workdir: str | os.PathLike, **fields) -> dict:
+    """Sets top-level fields of a run's record, creating it where it is missing.
+
+    Args:
+        workdir: the run's folder; it exists.
+        **fields: plain nested values (NumPy and JAX scalars are converted).
+
+    Returns:
+        The whole record.
+
+    Raises:
+        UserError: the record is corrupt (it is left as it is).
+        RunError: it cannot be written.
+    """
+    with _editing(workdir) as record:
+        record.update(fields)
+    return record
+
+
+def count_test_read(workdir: str | os.PathLike, entry: dict) -> None:
+    """Notes that the test split was read: the list shows how often results were looked at.
+
+    Args:
+        workdir: the run's folder; it exists.
+        entry: step, checkpoint, accuracy; the time is added.
+    """
+    with _editing(workdir) as record:
+        record.setdefault("test_reads", []).append({"time": _now(), **entry})
+
+
+@contextlib.contextmanager
+def _editing(workdir: str | os.PathLike) -> Iterator[dict]:
+    """Yields the record, empty where there is none, and writes it when the block ends well."""
+    path = Path(workdir) / RECORD_NAME
+    lock = path.with_name(f".{RECORD_NAME}.lock")
+    with writing(lock):
+        lock.touch()
+    with FileLock(lock):  # two evaluations at the same time must not lose each other's entry
+        record = read_run_record(workdir) if has_run_record(workdir) else {}
+        yield record
+        text = json.dumps(record, indent=2, default=methodcaller("item"))
+        write_atomically(path, text.encode() + b"\n")
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,145 @@
+"""Compares runs: `python -m cifar_jax.report RUN... [--figure=PNG]`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.recording.figures import draw_comparison
+from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
+from cifar_jax.recording.run_record import RECORD_NAME, read_run_record
+
+SPLITS = ("train", "validation", "test")
+# Accuracies that the original notebook prints; what it does not state is missing.
+NOTEBOOK = {
+    "mlp": {"train": 0.3748, "validation": 0.3550},
+    "resnet50": {"validation": 0.9405, "test": 0.9366},
+}
+COLUMNS = ("run", "model", "data", "epochs", *SPLITS, "seconds", "parameters")
+
+
+def accuracies(record: dict, rows: list[dict]) -> dict[str, float]:
+    """The accuracies of a run: of the step that was tested, else of its last evaluation.
+
+    Args:
+        record: its `run.json`.
+        rows: its metrics.
+
+    Returns:
+        Accuracy (0..1) by split; a split that was not evaluated is missing.
+    """
+    result = record.get("result") or {}
+    row = _reported_row(record, rows)
+    found = {
+        "train": row.get("train_accuracy"),
+        "validation": row.get("validation_accuracy"),
+        "test": result.get("test_accuracy"),
+    }
+    return {split: accuracy for split, accuracy in found.items() if accuracy is not None}
+
+
+def notebook_table(record: dict, rows: list[dict]) -> str:
+    """Sets a run's accuracies beside the notebook's.
+
+    Args:
+        record: the run's `run.json`.
+        rows: its metrics.
+
+    Returns:
+        Plain text of several lines, for a terminal.
+    """
+    model = record["config"]["model"]["name"]
+    sizes = record["splits"]["sizes"]
+    table = [
+        ["accuracy", *SPLITS],
+        ["images", *(f"{sizes[split]:,}" if sizes.get(split) else "none" for split in SPLITS)],
+        ["this run", *_cells(accuracies(record, rows), missing="not read")],
+    ]
+    if model in NOTEBOOK:
+        table.append(["notebook", *_cells(NOTEBOOK[model], missing="not stated")])
+    lines = [f"{first:<10}" + "".join(f"{cell:>12}" for cell in cells) for first, *cells in table]
+    lines.append(f"model {model}, data: {record['data']['source']}")
+    if record["data"]["is_sample"]:
+        lines.append("The data is a small SAMPLE: these figures say nothing about CIFAR-10.")
+    return "\n".join(lines)
+
+
+def markdown_table(runs: dict[str, tuple[dict, list[dict]]]) -> str:
+    """One line for each run.
+
+    Args:
+        runs: by name, each run's `run.json` and metrics.
+
+    Returns:
+        A Markdown table.
+    """
+    numeric = COLUMNS.index("epochs")
+    lines = [COLUMNS, ["---" if i < numeric else "---:" for i in range(len(COLUMNS))]]
+    lines += [_run_cells(name, record, rows) for name, (record, rows) in runs.items()]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
+    data = record["data"]
+    seconds = (record.get("result") or {}).get("train_seconds")
+    epoch = _reported_row(record, rows).get("epoch")
+    cells = [
+        name,
+        record["config"]["model"]["name"],
+        data["source"] + (" (SAMPLE)" if data["is_sample"] else ""),
+        "-" if epoch is None else f"{epoch:g}",
+        *_cells(accuracies(record, rows), missing="-"),
+        "unfinished" if seconds is None else f"{seconds:.1f}",
+        f"{record['parameters']:,}",
+    ]
+    return [cell.replace("|", "\\|") for cell in cells]
+
+
+def _reported_row(record: dict, rows: list[dict]) -> dict:
+    evaluations = evaluation_rows(rows)
+    step = (record.get("result") or {}).get("step")
+    tested = [row for row in evaluations if row["step"] == step]
+    return (tested or evaluations or [{}])[-1]
+
+
+def _cells(values: dict[str, float], *, missing: str) -> list[str]:
+    return [f"{values[split]:.4f}" if split in values else missing for split in SPLITS]
+
+
+def _names(workdirs: Sequence[str]) -> list[str]:
+    """The folders' names, or their whole paths where two have the same name."""
+    names = [Path(workdir).resolve().name for workdir in workdirs]
+    return names if len(set(names)) == len(names) else list(workdirs)
+
+
+def _read_run(workdir: str) -> tuple[dict, list[dict]]:
+    record = read_run_record(workdir)
+    missing = [field for field in ("config", "data", "parameters") if field not in record]
+    if missing:
+        raise UserError(
+            f"{Path(workdir) / RECORD_NAME}: has no {', '.join(missing)}; "
+            "did the run end before its first step?"
+        )
+    return record, read_rows(workdir)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; see `--help`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_jax.report", description="Prints a Markdown table of runs."
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
+    parser.add_argument("--figure", metavar="PNG", help="draw the validation curves there")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        runs = {
+            name: _read_run(workdir)
+            for name, workdir in zip(_names(options.runs), options.runs, strict=True)
+        }
+        print(markdown_table(runs))
+        if options.figure:
+            draw_comparison({name: rows for name, (_, rows) in runs.items()}, options.figure)
+
+
+if __name__ == "__main__":
+    main()

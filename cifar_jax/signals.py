@@ -1,0 +1,38 @@
+"""SIGTERM and Ctrl-C end a run in order: after the current call, with a checkpoint."""
+
+import os
+import signal
+import threading
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignal:
+    """Notes the first signal for the loop to poll; the second one ends the process at once.
+
+    A context manager. Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignal":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            # No clean-up: whoever signals twice does not want to wait for a save under way, and an
+            # unfinished one is only a temporary folder.
+            os._exit(128 + number)
+        self.received = number
+        name = signal.Signals(number).name
+        # Not print: a handler may interrupt a write to the same stream.
+        os.write(2, f"\n{name}: saving after the current call; again to leave at once\n".encode())

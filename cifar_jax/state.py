@@ -1,0 +1,98 @@
+"""The training state: one pytree of arrays, and its flat, named form for checkpoints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from cifar_jax.errors import UserError
+
+MODEL_PARTS = ("params", "batch_stats")
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything a step reads and changes, as pure arrays, and how to read them."""
+
+    step: jax.Array  # int32 [], finished updates: update k takes batch k and the keys of k
+    seed: jax.Array  # uint32 [], of dropout
+    params: dict[str, Any]
+    batch_stats: dict[str, Any]
+    opt_state: optax.OptState
+    graphdef: nnx.GraphDef = flax.struct.field(pytree_node=False)
+    optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+
+
+def create_state(
+    model: nnx.Module, optimizer: optax.GradientTransformation, *, seed: int
+) -> TrainState:
+    """Splits a model into arrays and structure, and starts the optimizer.
+
+    Args:
+      model: variables of types `nnx.Param` and `nnx.BatchStat` only.
+      optimizer: an optax transformation.
+      seed: of dropout, 0 to 2**32 - 1.
+    """
+    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    params = nnx.to_pure_dict(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        params=params,
+        batch_stats=nnx.to_pure_dict(batch_stats),
+        opt_state=optimizer.init(params),
+        graphdef=graphdef,
+        optimizer=optimizer,
+    )
+
+
+def count_parameters(state: TrainState) -> int:
+    """Returns the number of trainable numbers."""
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def to_arrays(tree: Any) -> dict[str, np.ndarray]:
+    """Copies a tree of arrays to the host as {"params.dense1.kernel": array, ...}.
+
+    The copies are ours: a device buffer that is donated later cannot change them.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.array(leaf)
+        for path, leaf in leaves
+    }
+
+
+def from_arrays(template: Any, arrays: Mapping[str, np.ndarray], *, origin: str) -> Any:
+    """Puts named arrays into a tree like `template`, strictly.
+
+    Args:
+      template: a tree whose leaves have `shape` and `dtype`.
+      arrays: as `to_arrays` gives them.
+      origin: what the arrays come from, for the message.
+
+    Returns:
+      A tree like `template` with the arrays (host) as leaves.
+
+    Raises:
+      UserError: listing every missing or surplus name and every difference in shape or dtype.
+    """
+    paths, structure = jax.tree_util.tree_flatten_with_path(template)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    differences = [f"{name} is missing" for name in names if name not in arrays]
+    differences += [f"{name} is not known here" for name in arrays if name not in set(names)]
+    for name, (_, leaf) in zip(names, paths, strict=True):
+        found = arrays.get(name)
+        if found is not None and (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
+            differences.append(
+                f"{name} is {found.dtype}{list(found.shape)}, "
+                f"expected {leaf.dtype}{list(leaf.shape)}"
+            )
+    if differences:
+        raise UserError(f"{origin} does not fit the model: {'; '.join(differences)}")
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])

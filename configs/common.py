@@ -1,0 +1,57 @@
+"""Every field of a run, once, with its unit. `mlp.py` and `resnet50.py` change a few of them.
+
+A duration is a number and its unit, "10 epochs" or "500 steps": one field, so that two of them
+cannot contradict each other. Batch sizes are global: all devices of all hosts together.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the shared defaults, unlocked, for a run's own file to complete."""
+    config = ml_collections.ConfigDict()
+
+    config.seed = 0  # initial weights, order of the images, dropout
+    config.train_for = "10 epochs"
+    config.batch_size = 32  # images a step
+    config.steps_per_call = 1  # steps in one compiled call (Keras: steps_per_execution)
+    config.eval_batch_size = 500  # images
+    config.evaluate_every = "1 epoch"
+    config.log_every = "100 steps"  # training loss and accuracy since the last such row
+    config.checkpoint_every = "1 epoch"
+    config.keep_checkpoints = 2  # latest ones, beside the best on validation
+
+    config.execution = "jit"  # "jit": one sharded program; "pmap": one program a device
+    config.matmul_precision = "highest"  # "default" lets a GPU or TPU round its inputs
+
+    data = config.data = ml_collections.ConfigDict()
+    data.source = (
+        "auto"  # "auto": whatever lies in the directory, else a download; "sample"; "tfds"
+    )
+    data.directory = "~/.cache/cifar_jax"
+    data.protocol = "notebook"  # "notebook": 36,000/4,000/10,000 of the training images;
+    #                             "standard": 45,000/5,000 and the official 10,000 for the test
+    data.split_seed = 42
+
+    model = config.model = ml_collections.ConfigDict()
+    model.name = "mlp"
+    model.compute_dtype = "float32"  # or "bfloat16"; parameters stay float32
+    model.hidden_sizes = (64, 64)
+
+    optimizer = config.optimizer = ml_collections.ConfigDict()
+    optimizer.name = "rmsprop"  # "rmsprop" as Keras computes it, "sgd", "adam", "adamw"
+    optimizer.learning_rate = 1e-3
+    optimizer.momentum = 0.0  # rmsprop and sgd
+    optimizer.nesterov = False  # sgd
+    optimizer.decay = 0.9  # rmsprop: of the squared gradients (Keras: rho)
+    optimizer.beta1 = 0.9  # adam and adamw
+    optimizer.beta2 = 0.999  # adam and adamw
+    optimizer.epsilon = 1e-7  # rmsprop: inside the root, as in Keras; adam and adamw: outside
+    optimizer.weight_decay = 0.0  # of kernels only; decoupled, times the learning rate
+    optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
+
+    schedule = config.schedule = ml_collections.ConfigDict()
+    schedule.name = "constant"  # "constant" or "cosine"
+    schedule.warmup = "0 steps"  # linear, from 0
+    schedule.final_fraction = 0.0  # cosine: of the learning rate, at the end
+    return config
