@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cifar_jax.errors import RunError, UserError
+from cifar_jax.errors import RunError, UserError, one_line
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
@@ -155,8 +155,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
         intact = digest(arrays) == extra["sha256"]
     # A damaged file surfaces as whatever the layer below it raises.
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder} is damaged ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{folder} is damaged ({one_line(error)})") from error
     if not intact:
         raise UserError(f"{folder} is damaged (its arrays do not match their SHA-256)")
     return arrays, extra
@@ -197,8 +196,7 @@ def _guard(workdir: pathlib.Path, action: Callable[[], Any]) -> Any:
         return action()
     # Failures of the background write come wrapped in whatever orbax and tensorstore raise.
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
         raise RunError(
-            f"{workdir / FOLDER}: the checkpoint could not be written "
-            f"({type(error).__name__}: {reason}); earlier checkpoints are untouched"
+            f"{workdir / FOLDER}: the checkpoint could not be written ({one_line(error)}); "
+            "earlier checkpoints are untouched"
         ) from error

@@ -21,6 +21,13 @@ class RunError(UserError):
     exit_code = 1
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Returns an error's type and text as one line; of a long one the beginning and the end."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    half = limit // 2
+    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a `UserError` inside the block into one line on stderr and its exit code."""

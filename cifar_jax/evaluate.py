@@ -40,6 +40,8 @@ def evaluate(
     splits = make_splits(data, protocol=config["protocol"], seed=config["split_seed"])
     if record["splits"]["sha256"] != fingerprint(splits) or record["data"]["sha256"] != data.sha256:
         raise UserError(f"{workdir} was trained on other images or splits than {data.source} gives")
+    if split == "test":
+        count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
     loss, correct, count = 0.0, 0, 0
     for batch in eval_batches(splits[split], batch_size=trained.config["eval_batch_size"]):
         mask, labels = batch["mask"], batch["label"]
@@ -48,10 +50,12 @@ def evaluate(
         loss -= float(np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).sum())
         correct += int((probabilities.argmax(1) == labels)[mask].sum())
         count += int(mask.sum())
-    result = {"step": trained.step, "loss": loss / count, "accuracy": correct / count}
-    if split == "test":
-        count_test_read(workdir, {"checkpoint": checkpoint, **result})
-    return {**result, "count": count}
+    return {
+        "step": trained.step,
+        "loss": loss / count,
+        "accuracy": correct / count,
+        "count": count,
+    }
 
 
 def main() -> None:

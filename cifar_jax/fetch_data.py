@@ -12,7 +12,9 @@ from cifar_jax.errors import exit_on_user_error
 
 def main() -> None:
     """Finds or fetches the data, checks it and says where it is."""
-    parser = argparse.ArgumentParser(prog="python -m cifar_jax.fetch_data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_jax.fetch_data", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument(
         "--directory", default=DEFAULT_DIRECTORY, help="folder (default: %(default)s)"
     )

@@ -7,11 +7,13 @@ The same command goes on where a stopped run left off. Every field of the config
 unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
 """
 
+import logging
 import os
 import sys
 from typing import NoReturn
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cifar_jax.config import flatten
@@ -64,15 +66,31 @@ def show_help() -> NoReturn:
     sys.exit(0)
 
 
+def set_up_logging() -> None:
+    """Leaves standard error to us: what goes wrong elsewhere reaches the run as an exception."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cifar_jax").setLevel(logging.INFO)
+    # TensorFlow only feeds the input pipeline: its notes on CPU features are noise here, and the
+    # one on oneDNN comes whatever the log level is.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    report = sys.unraisablehook
+
+    def without_late_callbacks(unraisable):
+        # Orbax gives up a read or a write at its first failure; what else was under way then ends
+        # in a closed event loop, each time with a traceback that says no more than that.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = without_late_callbacks
+
+
 def main(argv: list[str] = sys.argv) -> None:
     """Runs the command; exits with 0, 1 (failed run), 2 (bad input) or 128 + signal."""
     with exit_on_user_error():
         parse_flags(argv)
-        logging.set_verbosity(logging.ERROR)
-        # TensorFlow only feeds the input pipeline: its notes on CPU features are noise here, and
-        # the one on oneDNN comes whatever the log level is.
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+        set_up_logging()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import report, train
 

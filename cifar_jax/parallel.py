@@ -6,7 +6,7 @@ reduces by name. Both make the same updates. One call scans over a stack of batc
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ class JitExecution:
     """Global arrays under `jax.jit` with `NamedSharding`."""
 
     def __init__(self):
-        mesh = jax.make_mesh((jax.device_count(),), (AXIS,))
+        mesh = _one_axis_mesh(jax.devices())
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self.stack_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
@@ -69,6 +69,8 @@ class PmapExecution:
 
     def __init__(self):
         self.devices = jax.local_devices()
+        mesh = _one_axis_mesh(self.devices)
+        self.replica_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         mapped = functools.partial(jax.pmap, axis_name=AXIS)
         self.compiled_train = mapped(
             functools.partial(scan_train_steps, axis_name=AXIS), donate_argnums=0
@@ -77,7 +79,10 @@ class PmapExecution:
 
     def place(self, state: TrainState) -> TrainState:
         """Puts a state of host arrays on every device."""
-        return jax.device_put_replicated(state, self.devices)
+        copies = jax.tree.map(
+            lambda x: np.broadcast_to(x, (len(self.devices), *np.shape(x))), state
+        )
+        return jax.device_put(copies, self.replica_sharding)
 
     def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
         """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
@@ -98,6 +103,12 @@ class PmapExecution:
         """Cuts the batch axis [..., B, ...] into [..., devices, B / devices, ...]."""
         shape = array.shape
         return array.reshape(*shape[:axis], len(self.devices), -1, *shape[axis + 1 :])
+
+
+def _one_axis_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
+    # Auto: the compiler propagates the shardings and inserts the reductions.
+    auto = (jax.sharding.AxisType.Auto,)
+    return jax.make_mesh((len(devices),), (AXIS,), axis_types=auto, devices=devices)
 
 
 def create_execution(name: str) -> JitExecution | PmapExecution:

@@ -214,11 +214,11 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
     record = read_run_record(workdir)
     if loop.stop.received is not None or record.get("result", {}).get("step") == loop.step:
         return record
+    count_test_read(workdir, {"step": loop.step, "checkpoint": "latest"})  # also if cut short
     totals = loop.evaluate(loop.splits["test"])
     if totals is None:
         return record
     means = totals.means("test_")
-    count_test_read(workdir, {"step": loop.step, "checkpoint": "latest", **means})
     result = {
         **means,
         "test_count": totals.count,

@@ -28,7 +28,7 @@ def write_tfds(dataset: Dataset, destination: Path) -> None:
         destination: the data_dir to be; missing or empty. It appears whole or not at all.
 
     Raises:
-        UserError: `destination` is not empty, or the dataset has no test split.
+        UserError: `destination` is not empty or cannot be written, or there is no test split.
     """
     if dataset.test_images is None:
         raise UserError(f"{dataset.source} has no labelled test split, which TFDS's cifar10 has")
@@ -40,30 +40,31 @@ def write_tfds(dataset: Dataset, destination: Path) -> None:
 
     # JAX owns the GPU: TensorFlow would take all of its memory.
     tf.config.set_visible_devices([], "GPU")
-    features = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "image": tfds.features.Image(shape=(32, 32, 3)),
-            "label": tfds.features.ClassLabel(names=CLASS_NAMES),
-        }
-    )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tfds-", dir=destination.parent) as scratch:
-        folder = Path(scratch) / destination.name
-        tfds.dataset_builders.store_as_tfds_dataset(
-            name="cifar10",
-            version=TFDS_VERSION,
-            features=features,
-            split_datasets={
-                "train": _examples("train", dataset.train_images, dataset.train_labels),
-                "test": _examples("test", dataset.test_images, dataset.test_labels),
-            },
-            data_dir=folder,
-            description=f"CIFAR-10, written by cifar_jax from: {dataset.source}.",
-            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
-        )
-        shutil.rmtree(folder / "downloads")  # TFDS makes it, empty
-        os.replace(folder, destination)
+    features = {
+        "id": tfds.features.Text(),
+        "image": tfds.features.Image(shape=(32, 32, 3)),
+        "label": tfds.features.ClassLabel(names=CLASS_NAMES),
+    }
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tfds-", dir=destination.parent) as scratch:
+            folder = Path(scratch) / destination.name
+            tfds.dataset_builders.store_as_tfds_dataset(
+                name="cifar10",
+                version=TFDS_VERSION,
+                features=tfds.features.FeaturesDict(features),
+                split_datasets={
+                    "train": _examples("train", dataset.train_images, dataset.train_labels),
+                    "test": _examples("test", dataset.test_images, dataset.test_labels),
+                },
+                data_dir=folder,
+                description=f"CIFAR-10, written by cifar_jax from: {dataset.source}.",
+                homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            )
+            shutil.rmtree(folder / "downloads")  # TFDS makes it, empty
+            os.replace(folder, destination)
+    except (OSError, tf.errors.OpError) as error:
+        raise UserError(f"{destination} cannot be written ({error})") from error
 
 
 def _examples(
@@ -75,7 +76,9 @@ def _examples(
 
 def main() -> None:
     """Loads the data and writes it."""
-    parser = argparse.ArgumentParser(prog="python -m cifar_jax.write_tfds", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_jax.write_tfds", description=__doc__.partition("\n")[0]
+    )
     parser.add_argument("destination", type=Path, help="new or empty folder")
     parser.add_argument("--source", choices=SOURCES, default="auto")
     parser.add_argument("--directory", default=DEFAULT_DIRECTORY, help="default: %(default)s")

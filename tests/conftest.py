@@ -11,3 +11,45 @@ import jax  # noqa: E402
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+from cifar_jax.data import sources, splits  # noqa: E402
+from configs import mlp  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def sample():
+    """The shipped sample: 2,000 and 500 real images."""
+    return sources.load("sample")
+
+
+@pytest.fixture(scope="session")
+def sample_splits(sample):
+    """The notebook's protocol on the sample: 1,440 / 160 / 400 images."""
+    return splits.make_splits(sample, protocol="notebook", seed=42)
+
+
+@pytest.fixture
+def small_config():
+    """A short run of the MLP on the sample: 45 steps an epoch, 2 epochs, calls of 15 steps."""
+    config = mlp.get_config()
+    config.data.source = "sample"
+    config.train_for = "2 epochs"
+    config.steps_per_call = 15
+    config.log_every = "15 steps"
+    config.eval_batch_size = 64
+    config.batch_size = 32
+    return config
+
+
+@pytest.fixture
+def batch(sample):
+    """A function (start, count) -> batch of consecutive real training images."""
+
+    def make(start: int, count: int) -> dict[str, np.ndarray]:
+        rows = slice(start, start + count)
+        return {"image": sample.train_images[rows], "label": sample.train_labels[rows]}
+
+    return make

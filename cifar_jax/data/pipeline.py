@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from cifar_jax.data.content import aligned
 from cifar_jax.data.splits import Split
 
 
@@ -46,7 +47,7 @@ def train_batches(
     last = tf.constant(len(split) - 1, tf.int64)
     columns = tf.range(process_index * share, (process_index + 1) * share, dtype=tf.int64)
     # Shared memory: `tf.constant` would copy 150 MB twice.
-    images = tf.experimental.dlpack.from_dlpack(split.images.__dlpack__())
+    images = tf.experimental.dlpack.from_dlpack(aligned(split.images).__dlpack__())
     labels = tf.constant(split.labels)
     indices = tf.constant(split.indices, tf.int64)
 

@@ -1,0 +1,107 @@
+"""Configurations: durations, rules, and what a resumed run may change."""
+
+import dataclasses
+
+import ml_collections
+import pytest
+
+from cifar_jax import config as configuration
+from cifar_jax.config import Duration
+from cifar_jax.errors import UserError
+from cifar_jax.optim import OptimizerConfig
+from cifar_jax.train import train_and_evaluate
+from configs import common, mlp
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        ("10 epochs", 11250),
+        ("1 epoch", 1125),
+        ("0.5 epochs", 562),
+        ("500 steps", 500),
+        ("1 step", 1),
+    ],
+)
+def test_durations(text, steps):
+    assert Duration.parse(text, key="train_for").steps(1125) == steps
+
+
+@pytest.mark.parametrize(
+    "text", ["", "10", "epochs", "ten epochs", "10 hours", "-1 epochs", "1.5 steps", "nan steps"]
+)
+def test_wrong_durations_name_the_key(text):
+    with pytest.raises(UserError, match="config.train_for"):
+        Duration.parse(text, key="train_for")
+
+
+def test_every_field_has_a_rule_and_every_rule_a_field():
+    fields = dict(configuration.flatten(common.get_config()))
+    assert set(fields) == set(configuration.RULES)
+
+
+class NotingDict(dict):
+    """A dictionary that notes which of its keys are read one by one."""
+
+    def __init__(self, content, noted, prefix=""):
+        super().__init__(content)
+        self.noted, self.prefix = noted, prefix
+
+    def __getitem__(self, key):
+        self.noted.add(self.prefix + key)
+        value = super().__getitem__(key)
+        nested = isinstance(value, dict)
+        return NotingDict(value, self.noted, f"{self.prefix}{key}.") if nested else value
+
+
+def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
+    noted = set()
+    to_dict = configuration.to_dict
+    monkeypatch.setattr(configuration, "to_dict", lambda c: NotingDict(to_dict(c), noted))
+    small_config.train_for = "2 steps"
+    train_and_evaluate(small_config, tmp_path)
+    # Passed on whole: each of them is seen to change an update in test_optim.py. The precision is
+    # read from the configuration itself, around all of this.
+    elsewhere = {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
+    assert set(configuration.RULES) - noted - elsewhere == {"matmul_precision"}
+
+
+def test_the_shipped_configurations_pass():
+    configuration.check(mlp.get_config())
+
+
+def test_a_missing_and_a_surplus_field_are_named():
+    config = ml_collections.ConfigDict(mlp.get_config())
+    del config.optimizer.decay
+    with pytest.raises(UserError, match="config.optimizer.decay is missing"):
+        configuration.check(config)
+    config.optimizer.decay = 0.9
+    config.optimizer.rho = 0.9
+    with pytest.raises(UserError, match="config.optimizer.rho is not a known field"):
+        configuration.check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"optimizer.learning_rate": 0.5, "batch_size": 64}, "batch_size was 32 and is 64; optim"),
+        ({"train_for": "20 epochs"}, None),  # a constant rate does not depend on the end
+        ({"train_for": "20 epochs", "schedule.name": "cosine"}, "train_for"),
+        ({"data.directory": "elsewhere", "keep_checkpoints": 5}, None),
+    ],
+)
+def test_what_a_resumed_run_may_change(changes, differing):
+    config = common.get_config()
+    if "schedule.name" in changes:
+        config.schedule.name = changes.pop("schedule.name")
+    saved = configuration.to_dict(config)
+    config.update_from_flattened_dict(changes)
+    check = lambda: configuration.check_same_run(  # noqa: E731
+        configuration.to_dict(config), saved, workdir="runs/a"
+    )
+    if differing is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=differing):
+            check()

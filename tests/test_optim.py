@@ -1,0 +1,108 @@
+"""Optimizers and schedules: every field changes an update, and by how much it should."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
+
+BASE = OptimizerConfig(
+    name="rmsprop",
+    learning_rate=0.1,
+    momentum=0.0,
+    nesterov=False,
+    decay=0.9,
+    beta1=0.9,
+    beta2=0.999,
+    epsilon=1e-7,
+    weight_decay=0.0,
+    clip_norm=0.0,
+)
+PARAMS = {"dense1": {"kernel": jnp.array([[1.0, -2.0]]), "bias": jnp.array([0.5, 0.25])}}
+GRADS = [
+    {"dense1": {"kernel": jnp.array([[0.3, -0.1]]), "bias": jnp.array([-0.2, 0.05])}},
+    {"dense1": {"kernel": jnp.array([[-0.2, 0.4]]), "bias": jnp.array([0.1, 0.3])}},
+]
+
+
+def run(config, params=PARAMS):
+    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
+    state = optimizer.init(params)
+    for grads in GRADS:
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("rmsprop", "learning_rate", 0.2),
+        ("rmsprop", "momentum", 0.9),
+        ("rmsprop", "decay", 0.99),
+        ("rmsprop", "epsilon", 1e-3),
+        ("sgd", "learning_rate", 0.2),
+        ("sgd", "momentum", 0.9),
+        ("adam", "beta1", 0.5),
+        ("adam", "beta2", 0.9),
+        ("adam", "epsilon", 1e-1),
+        ("adamw", "weight_decay", 0.1),
+        ("sgd", "clip_norm", 0.1),
+        ("sgd", "name", "adam"),
+    ],
+)
+def test_every_field_changes_an_update(name, field, value):
+    base = dataclasses.replace(BASE, name=name)
+    changed = dataclasses.replace(base, **{field: value})
+    same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), run(base), run(changed))
+    assert not same["dense1"]["kernel"]
+
+
+def test_nesterov_changes_momentum():
+    plain = dataclasses.replace(BASE, name="sgd", momentum=0.9)
+    nesterov = dataclasses.replace(plain, nesterov=True)
+    assert not np.allclose(run(plain)["dense1"]["bias"], run(nesterov)["dense1"]["bias"])
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adam", "adamw"])
+def test_weight_decay_spares_biases_and_is_decoupled(name):
+    base = dataclasses.replace(BASE, name=name)
+    plain, decayed = run(base), run(dataclasses.replace(base, weight_decay=0.01))
+    np.testing.assert_array_equal(plain["dense1"]["bias"], decayed["dense1"]["bias"])
+    kernel = np.asarray(PARAMS["dense1"]["kernel"])
+    first = kernel - 0.1 * 0.01 * kernel  # each of the two updates takes rate * decay * kernel
+    moved = np.asarray(plain["dense1"]["kernel"]) - kernel
+    one_step = run_one(base)["dense1"]["kernel"] - kernel
+    second = (first + one_step) * (1 - 0.1 * 0.01) + moved - one_step
+    np.testing.assert_allclose(decayed["dense1"]["kernel"], second, rtol=1e-6)
+
+
+def run_one(config):
+    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
+    updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)
+    return optax.apply_updates(PARAMS, updates)
+
+
+def test_clipping_scales_the_whole_gradient_to_the_norm():
+    clipped = run_one(dataclasses.replace(BASE, name="sgd", clip_norm=0.1))
+    norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(GRADS[0])))
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g * 0.1 / norm, PARAMS, GRADS[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), clipped, expected)
+
+
+def test_warmup_and_cosine_at_their_corners():
+    rate = make_schedule(0.4, name="cosine", warmup=10, steps=110, final_fraction=0.1)
+    assert [float(rate(k)) for k in (0, 5, 10)] == pytest.approx([0.0, 0.2, 0.4])
+    half = 0.4 * (0.1 + 0.9 * 0.5)
+    assert [float(rate(k)) for k in (60, 110, 500)] == pytest.approx([half, 0.04, 0.04])
+
+
+def test_constant_with_and_without_warmup():
+    rate = make_schedule(0.4, name="constant", warmup=0, steps=10, final_fraction=0.0)
+    assert [float(rate(k)) for k in (0, 9)] == pytest.approx([0.4, 0.4])
+    rate = make_schedule(0.4, name="constant", warmup=4, steps=10, final_fraction=0.0)
+    assert [float(rate(k)) for k in (0, 1, 4, 9)] == pytest.approx([0.0, 0.1, 0.4, 0.4])

@@ -1,0 +1,85 @@
+"""The input pipeline: order, start anywhere, hosts, masks."""
+
+import collections
+
+import numpy as np
+import pytest
+
+from cifar_jax.data.pipeline import eval_batches, train_batches
+from cifar_jax.data.splits import Split
+
+
+@pytest.fixture(scope="module")
+def numbered():
+    """A split of 103 of 200 images; each image's pixels and label tell its row."""
+    rows = np.arange(200, dtype=np.int32)
+    images = np.ascontiguousarray(
+        np.broadcast_to(rows.astype(np.uint8)[:, None, None, None], (200, 32, 32, 3))
+    )
+    indices = np.random.default_rng(0).permutation(200)[:103]
+    return Split("train", images, rows, indices)
+
+
+def one_step_calls(start, stop):
+    return [(step, 1) for step in range(start, stop)]
+
+
+def labels(split, calls, **options):
+    options = {"batch_size": 10, "seed": 3, **options}
+    return [batch["label"] for batch in train_batches(split, calls, **options)]
+
+
+def test_pixels_stay_uint8_and_belong_to_their_labels(numbered):
+    for batch in train_batches(numbered, [(0, 5), (5, 5)], batch_size=10, seed=0):
+        assert batch["image"].dtype == np.uint8 and batch["image"].shape == (5, 10, 32, 32, 3)
+        assert batch["label"].dtype == np.int32 and batch["label"].shape == (5, 10)
+        assert np.array_equal(batch["image"][..., 0, 0, 0], batch["label"])
+
+
+def test_an_epoch_is_a_permutation_without_its_remainder(numbered):
+    epochs = [np.ravel(labels(numbered, [(10 * e, 10)])) for e in range(30)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 100 and set(epoch) <= set(numbered.indices)
+    left_out = collections.Counter(i for e in epochs for i in set(numbered.indices) - set(e))
+    assert len(left_out) > 30  # 90 places over 103 images: another remainder in every epoch
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_batch_k_is_a_function_of_seed_and_k(numbered):
+    whole = np.concatenate(labels(numbered, one_step_calls(0, 25)))
+    stacked = np.concatenate(labels(numbered, [(0, 7), (7, 3), (10, 10), (20, 5)]))
+    from_17 = np.concatenate(labels(numbered, one_step_calls(17, 25)))
+    assert np.array_equal(whole, stacked)
+    assert np.array_equal(whole[17:], from_17)
+    assert not np.array_equal(
+        whole, np.concatenate(labels(numbered, [(0, 10), (10, 10), (20, 5)], seed=4))
+    )
+
+
+@pytest.mark.parametrize("hosts", [2, 5])
+def test_hosts_share_the_global_batch(numbered, hosts):
+    calls = [(0, 4), (4, 6), (10, 3)]
+    whole = labels(numbered, calls)
+    shares = [
+        labels(numbered, calls, process_index=host, process_count=hosts) for host in range(hosts)
+    ]
+    for k, batch in enumerate(whole):
+        assert np.array_equal(batch, np.concatenate([share[k] for share in shares], axis=1))
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 103, 200])
+def test_evaluation_sees_every_image_once_in_order(numbered, batch_size):
+    batches = list(eval_batches(numbered, batch_size=batch_size))
+    assert all(len(batch["label"]) == batch_size for batch in batches)
+    seen = np.concatenate([batch["label"][batch["mask"]] for batch in batches])
+    assert np.array_equal(seen, numbered.labels[numbered.indices])
+
+
+def test_evaluation_on_hosts_makes_equally_many_batches(numbered):
+    shares = [
+        list(eval_batches(numbered, batch_size=20, process_index=host, process_count=4))
+        for host in range(4)
+    ]
+    assert {len(share) for share in shares} == {6}
+    seen = [b["label"][b["mask"]] for share in shares for b in share]
+    assert sorted(np.concatenate(seen)) == sorted(numbered.indices)

@@ -1,0 +1,165 @@
+"""What a run shows: progress on a terminal or in a pipe, and figures."""
+
+import contextlib
+import fcntl
+import io
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cifar_jax.errors import RunError
+from cifar_jax.recording import figures
+from cifar_jax.recording.progress import Progress
+
+# Progress
+
+RUN = {"total_steps": 300, "steps_per_epoch": 100, "batch_size": 32, "start_step": 0}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("cifar_jax.recording.progress.time.monotonic", lambda: now[0])
+    return now
+
+
+def report(progress, step, seconds, steps=50):
+    progress.update(step, loss=2.5, accuracy=0.125, seconds=seconds, steps=steps)
+
+
+def test_piped_lines_come_at_epoch_ends_and_leave_out_compilation(clock):
+    stream = io.StringIO()
+    progress = Progress(**RUN, stream=stream)
+    report(progress, 50, None)
+    assert stream.getvalue() == ""
+    report(progress, 100, 0.5)
+    progress.message("saved")
+    report(progress, 150, 0.25)
+    report(progress, 200, 0.25)
+    progress.close()
+    # 50 steps in 0.5 s, then 150 in 1 s: 4,800 images/s, and 100 steps left take 0.67 s.
+    assert stream.getvalue().splitlines() == [
+        "epoch 1/3, step 100/300, loss 2.5000, accuracy 0.1250, 3,200 images/s, ETA 00:02",
+        "saved",
+        "epoch 2/3, step 200/300, loss 2.5000, accuracy 0.1250, 4,800 images/s, ETA 00:00",
+    ]
+
+
+def test_piped_lines_of_a_slow_model_come_every_30_seconds(clock):
+    stream = io.StringIO()
+    progress = Progress(**{**RUN, "start_step": 100, "steps_per_epoch": 140}, stream=stream)
+    for step in range(101, 111):
+        clock[0] += 10
+        report(progress, step, 10.0, steps=1)
+    lines = stream.getvalue().splitlines()
+    assert [re.search(r"step (\d+)", line)[1] for line in lines] == ["103", "106", "109"]
+    assert lines[-1].startswith("epoch 1/3,")
+    assert lines[-1].endswith("3.2 images/s, ETA 31:50")
+    report(progress, 290, 10.0, steps=180)
+    report(progress, 300, 1.0, steps=10)  # the last step, whatever the clock and within an epoch
+    assert "step 300/300" in stream.getvalue()
+
+
+def read_to_end(master):
+    """What was written to a terminal whose other end is closed."""
+    parts = []
+    with contextlib.suppress(OSError), open(master, "rb", buffering=0) as file:  # EIO is the end
+        while part := file.read(65536):
+            parts.append(part)
+    return b"".join(parts).decode()
+
+
+def test_terminal_shows_a_bar_that_messages_do_not_tear():
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    with open(slave, "w") as stream:
+        progress = Progress(**{**RUN, "start_step": 100}, stream=stream)
+        report(progress, 150, None)
+        progress.message("checkpoint saved")
+        report(progress, 250, 1.0, steps=100)
+        progress.close()
+    output = read_to_end(master)
+    lines = [line.strip("\r") for line in output.split("\n")]
+    drawn = [part for line in lines for part in line.split("\r")]
+    assert "checkpoint saved" in drawn  # alone on its line
+    assert max(len(part) for part in drawn) <= 120
+    last = [part for part in drawn if part.strip()][-1]
+    assert re.fullmatch(
+        r"epoch 3/3  83%\|.*\| 250/300, loss 2.5000, accuracy 0.1250, 3,200 images/s, ETA 00:00",
+        last,
+    )
+    assert any(part.startswith("epoch 1/3  33%|") for part in drawn)
+    assert not any("images/s" in part for part in drawn if " 150/300" in part)
+    assert output.endswith("\n")
+
+
+# Figures
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+def evaluations(epochs, metrics=("train_accuracy", "validation_accuracy")):
+    return [
+        {"step": 4 * e, "epoch": float(e), "event": "evaluation"}
+        | {name: e / (9 + i) for i, name in enumerate(metrics)}
+        for e in range(1, epochs + 1)
+    ]
+
+
+def count_pixels(path, colour):
+    """Pixels of a colour in the left panel (accuracy) and in the right one (loss)."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    hits = np.abs(pixels - colour).max(axis=-1) < 8
+    return hits[:, : hits.shape[1] // 2].sum(), hits[:, hits.shape[1] // 2 :].sum()
+
+
+def test_curves_show_even_one_epoch(tmp_path):
+    empty, one, ten = (tmp_path / f"{n}.png" for n in (0, 1, 10))
+    figures.draw_curves([evaluations(1)[0] | {"event": "train"}], empty, "nothing yet")
+    figures.draw_curves(evaluations(1), one, "one")
+    with_nan = [*evaluations(10), evaluations(11)[-1] | {"train_accuracy": np.nan}]
+    figures.draw_curves(with_nan, ten, "$x")
+    for colour in (BLUE, ORANGE):
+        legend, _ = count_pixels(empty, colour)
+        assert legend > 0
+        assert count_pixels(one, colour)[0] > legend + 20
+        assert count_pixels(ten, colour)[0] > count_pixels(one, colour)[0] + 200
+        # No losses were given: nothing but the legend there.
+        assert count_pixels(ten, colour)[1] == count_pixels(empty, colour)[1]
+    assert sorted(os.listdir(tmp_path)) == ["0.png", "1.png", "10.png"]
+
+
+def test_comparison_draws_every_run(tmp_path):
+    runs = {"first": evaluations(5), "_second": evaluations(8), "empty": []}
+    figures.draw_comparison(runs, tmp_path / "both.png")
+    figures.draw_comparison({**runs, "_second": []}, tmp_path / "one.png")
+    for colour, added in ((BLUE, False), (ORANGE, True)):
+        both = count_pixels(tmp_path / "both.png", colour)[0]
+        assert (both > count_pixels(tmp_path / "one.png", colour)[0] + 200) == added
+
+
+def test_figure_that_cannot_be_written_is_one_line(tmp_path):
+    with pytest.raises(RunError, match="missing/curves.png: cannot be written"):
+        figures.draw_curves(evaluations(1), tmp_path / "missing" / "curves.png", "title")
+
+
+def test_figures_need_no_display_and_load_matplotlib_late(tmp_path):
+    code = (
+        "import sys\n"
+        "from cifar_jax.recording import figures\n"
+        "import cifar_jax.report\n"
+        "assert not {'matplotlib', 'jax'} & set(sys.modules)\n"
+        f"figures.draw_curves([], {str(tmp_path / 'x.png')!r}, 'title')\n"
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    environment = {k: v for k, v in os.environ.items() if k not in ("MPLBACKEND", "DISPLAY")}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)

@@ -1,0 +1,156 @@
+"""Tables of runs, and a run beside the notebook."""
+
+import pytest
+from PIL import Image
+
+from cifar_jax import report
+from cifar_jax.recording.metrics_log import MetricsLog
+from cifar_jax.recording.run_record import update_run_record
+
+SIZES = {"train": 36_000, "validation": 4_000, "test": 10_000}
+
+
+def make_record(model="mlp", *, is_sample=False, result=True, source="cifar-10-batches-bin in d"):
+    record = {
+        "config": {"model": {"name": model}},
+        "data": {"source": source, "is_sample": is_sample, "sha256": {}},
+        "splits": {"protocol": "notebook", "sizes": SIZES, "sha256": "0", "duplicates": 0},
+        "parameters": 1_579_410,
+    }
+    if result:
+        record["result"] = {
+            "test_accuracy": 0.43215,
+            "test_loss": 1.6,
+            "test_count": 10_000,
+            "train_seconds": 12.34,
+            "step": 20,
+        }
+    return record
+
+
+ROWS = [
+    {"step": 20, "epoch": 2.0, "event": "train", "train_accuracy": 0.99},
+    *(
+        {
+            "step": 10 * epoch,
+            "epoch": float(epoch),
+            "event": "evaluation",
+            "train_accuracy": 0.4 + epoch / 100,
+            "validation_accuracy": 0.3 + epoch / 100,
+            "validation_loss": 2.0 - epoch / 10,
+        }
+        for epoch in (1, 2, 3)
+    ),
+]
+
+
+def write_run(workdir, record, rows=ROWS):
+    workdir.mkdir(parents=True)
+    update_run_record(workdir, **record)
+    log = MetricsLog(workdir, resume_step=0, resume_rows=0)
+    for row in rows:
+        log.write(row)
+    log.close()
+    return str(workdir)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_accuracies_are_those_of_the_tested_step():
+    assert report.accuracies(make_record(), ROWS) == pytest.approx(
+        {"train": 0.42, "validation": 0.32, "test": 0.43215}
+    )
+    unfinished = report.accuracies(make_record(result=False), ROWS)
+    assert unfinished == pytest.approx({"train": 0.43, "validation": 0.33})
+    assert report.accuracies(make_record(result=False), []) == {}
+
+
+@pytest.mark.parametrize(
+    "model, notebook",
+    [
+        ("mlp", ["notebook", "0.3748", "0.3550", "not", "stated"]),
+        ("resnet50", ["notebook", "not", "stated", "0.9405", "0.9366"]),
+    ],
+)
+def test_notebook_table(model, notebook):
+    lines = report.notebook_table(make_record(model), ROWS).splitlines()
+    assert [line.split() for line in lines[:4]] == [
+        ["accuracy", "train", "validation", "test"],
+        ["images", "36,000", "4,000", "10,000"],
+        ["this", "run", "0.4200", "0.3200", "0.4321"],
+        notebook,
+    ]
+    assert len({len(line) for line in lines[:4]}) == 1  # columns stand below each other
+    assert lines[4:] == [f"model {model}, data: cifar-10-batches-bin in d"]
+
+
+def test_notebook_table_says_that_the_data_is_a_sample():
+    text = report.notebook_table(make_record(is_sample=True, result=False), ROWS)
+    assert "SAMPLE" in text and "not read" in text
+    assert "SAMPLE" not in report.notebook_table(make_record(), ROWS)
+
+
+def test_model_that_the_notebook_does_not_have():
+    assert "notebook" not in report.notebook_table(make_record("other"), ROWS)
+
+
+def test_command_prints_a_markdown_table_and_draws_a_figure(tmp_path, capsys):
+    finished = write_run(tmp_path / "finished", make_record())
+    sample = write_run(
+        tmp_path / "sample", make_record(is_sample=True, result=False, source="a|b"), ROWS[:2]
+    )
+    report.main([finished, f"{sample}/", f"--figure={tmp_path}/runs.png"])
+    lines = capsys.readouterr().out.replace("\\|", "/").splitlines()
+    assert cells(lines[0]) == [*report.COLUMNS]
+    assert set(lines[1]) <= set("|-: ")
+    assert cells(lines[2]) == [
+        *("finished", "mlp", "cifar-10-batches-bin in d", "2"),
+        *("0.4200", "0.3200", "0.4321", "12.3", "1,579,410"),
+    ]
+    assert cells(lines[3]) == [
+        *("sample", "mlp", "a/b (SAMPLE)", "1"),
+        *("0.4100", "0.3100", "-", "unfinished", "1,579,410"),
+    ]
+    assert len({len(cells(line)) for line in lines}) == 1
+    with Image.open(tmp_path / "runs.png") as figure:
+        assert figure.format == "PNG"
+
+
+def test_runs_of_the_same_name_are_told_by_path(tmp_path, capsys):
+    paths = [write_run(tmp_path / seed / "run", make_record()) for seed in ("0", "1")]
+    report.main(paths)
+    lines = capsys.readouterr().out.splitlines()
+    assert [cells(line)[0] for line in lines[2:]] == paths
+
+
+def test_run_without_metrics(tmp_path, capsys):
+    report.main([write_run(tmp_path / "new", make_record(result=False), [])])
+    assert cells(capsys.readouterr().out.splitlines()[2])[3:7] == ["-"] * 4
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("absent", None, "run.json: not found"),
+        ("run.json", "{}", "run.json: has no config, data, parameters"),
+        ("run.json", "{", "run.json: not valid JSON"),
+        ("run.json", "3", "run.json: expected a JSON object"),
+    ],
+)
+def test_bad_run_is_one_line(tmp_path, capsys, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit) as raised:
+        report.main([str(tmp_path)])
+    assert raised.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+
+
+def test_figure_that_cannot_be_written(tmp_path, capsys):
+    run = write_run(tmp_path / "run", make_record())
+    with pytest.raises(SystemExit):
+        report.main([run, f"--figure={tmp_path}/missing/runs.png"])
+    assert "missing/runs.png: cannot be written" in capsys.readouterr().err
