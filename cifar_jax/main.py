@@ -9,6 +9,7 @@ unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
 
 import logging
 import os
+import shlex
 import sys
 from typing import NoReturn
 
@@ -19,49 +20,68 @@ from ml_collections import config_flags
 from cifar_jax.config import flatten
 from cifar_jax.errors import UserError, exit_on_user_error
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file, such as configs/mlp.py.", lock_config=True
-)
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Folder for checkpoints, metrics, figure and record; resumed if it has them."
-)
-HELP = flags.DEFINE_bool("help", False, "Show this.")
-PROFILE = flags.DEFINE_bool("profile", False, "Write a trace of a few steps to WORKDIR/profile.")
+EXAMPLES = {"config": "--config=configs/mlp.py", "workdir": "--workdir=runs/mlp"}
 
 
-def parse_flags(argv: list[str]) -> None:
-    """Parses the command line into the flags above.
+def define_flags() -> flags.FlagValues:
+    """Returns the command's flags, not yet parsed."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        None,
+        "Configuration file, such as configs/mlp.py.",
+        lock_config=True,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Folder for checkpoints, metrics, figure and record; a run found there goes on.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "profile", False, "Write a trace of a few steps to WORKDIR/profile.", flag_values=values
+    )
+    flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
+    return values
+
+
+def parse_flags() -> flags.FlagValues:
+    """Parses `sys.argv` (where ml_collections looks too); `--help` is answered here.
 
     Raises:
       UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
     """
+    values = define_flags()
     try:
-        rest = flags.FLAGS(argv)[1:]
-        loaded = CONFIG.value is not None and bool(CONFIG.value.keys())
+        rest = values(sys.argv)[1:]
+        if values.config is not None:
+            values.config.keys()  # a file that could not be read says so only when it is used
     # A configuration file is a program: reading it may raise anything.
     except Exception as error:
-        reason = " ".join(str(error.args[0] if error.args else error).split())
+        text = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
+        reason = " ".join(str(text).split())
         raise UserError(f"{reason}; see --help") from error
-    if HELP.value:
-        show_help()
+    if values.help:
+        show_help(values)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is --NAME=VALUE")
-    if not loaded:
-        raise UserError("--config is missing; for example --config=configs/mlp.py")
-    if not WORKDIR.value:
-        raise UserError("--workdir is missing; for example --workdir=runs/mlp")
+    for name, example in EXAMPLES.items():
+        if not values[name].value:
+            raise UserError(f"--{name} is missing; for example {example}")
+    return values
 
 
-def show_help() -> NoReturn:
+def show_help(values: flags.FlagValues) -> NoReturn:
     """Prints what the command does, its flags, and the fields of the configuration if given."""
     print(__doc__)
-    for flag in (CONFIG, WORKDIR, PROFILE):
-        print(f"--{flag.name}: {flags.FLAGS[flag.name].help}")
-    if CONFIG.value is None:
+    for name in ("config", "workdir", "profile"):
+        print(f"--{name}: {values[name].help}")
+    if values.config is None:
         print("\nWith --config=FILE, --help lists the fields of that file too.")
     else:
         print("\nFields of this configuration:")
-        for key, value in flatten(CONFIG.value):
+        for key, value in flatten(values.config):
             print(f"--config.{key}={value}")
     sys.exit(0)
 
@@ -86,21 +106,21 @@ def set_up_logging() -> None:
     sys.unraisablehook = without_late_callbacks
 
 
-def main(argv: list[str] = sys.argv) -> None:
+def main() -> None:
     """Runs the command; exits with 0, 1 (failed run), 2 (bad input) or 128 + signal."""
     with exit_on_user_error():
-        parse_flags(argv)
+        values = parse_flags()
         set_up_logging()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import report, train
 
-        result = train.train_and_evaluate(CONFIG.value, WORKDIR.value, profile=PROFILE.value)
-        command = f"python -m cifar_jax.main {' '.join(argv[1:])}"
+        result = train.train_and_evaluate(values.config, values.workdir, profile=values.profile)
+        command = f"python -m cifar_jax.main {shlex.join(sys.argv[1:])}"
         if result.stopped_by is not None:
             print(f"stopped and saved at step {result.step}; to go on: {command}", file=sys.stderr)
             sys.exit(128 + result.stopped_by)
         print(report.notebook_table(result.record, result.rows))
-        print(f"next: python -m cifar_jax.predict --workdir={WORKDIR.value} PICTURE...")
+        print(f"next: python -m cifar_jax.predict --workdir={values.workdir} PICTURE...")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """Training from a configuration to a result: build, restore, loop, test."""
 
+import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import filelock
 import jax
 import ml_collections
+import optax
 
 from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import RunError, UserError
+from cifar_jax.errors import UserError
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -57,52 +59,94 @@ def train_and_evaluate(
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / ".lock", timeout=0)
-        precision = jax.default_matmul_precision(config.matmul_precision)
-        with lock, StopSignal() as stop, precision:
-            return _train(configuration.to_dict(config), workdir, stop=stop, profile=profile)
-    except filelock.Timeout:
-        raise UserError(
-            f"{workdir} is in use by another run; wait for it or use another --workdir"
-        ) from None
-    except OSError as error:
-        raise RunError(f"{error.filename or workdir}: {error.strerror or error}") from error
+    with StopSignal() as stop, jax.default_matmul_precision(config.matmul_precision):
+        setup = _set_up(configuration.to_dict(config))
+        with _locked(workdir):
+            return _train(setup, workdir, stop=stop, profile=profile)
 
 
-def _train(
-    config: dict[str, Any], workdir: pathlib.Path, *, stop: StopSignal, profile: bool
-) -> Result:
+@dataclasses.dataclass(frozen=True)
+class _Setup:
+    """What a run starts from, before its workdir is touched."""
+
+    config: dict[str, Any]
+    data: Dataset
+    splits: dict[str, Split]
+    plan: Plan
+    schedule: optax.Schedule
+    state: TrainState
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must share with the run that goes on from it."""
+        return {
+            "config": self.config,
+            "splits_sha256": fingerprint(self.splits),
+            "data_sha256": self.data.sha256,
+        }
+
+
+def _set_up(config: dict[str, Any]) -> _Setup:
     data = load(config["data"]["source"], config["data"]["directory"])
     splits = make_splits(
         data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
     )
     plan = _make_plan(config, train_count=len(splits["train"]))
-    schedule, state = _create(config, plan)
-    checkpointer = Checkpointer(workdir, keep=config["keep_checkpoints"])
-    extra = {"config": config, "splits_sha256": fingerprint(splits), "data_sha256": data.sha256}
-    state, history = _restore(state, checkpointer, extra, workdir=workdir)
-    _record_start(config, workdir, data=data, splits=splits, state=state)
+    schedule = make_schedule(
+        config["optimizer"]["learning_rate"],
+        name=config["schedule"]["name"],
+        warmup=plan.warmup,
+        steps=plan.total,
+        final_fraction=config["schedule"]["final_fraction"],
+    )
+    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), schedule)
+    model = create_model(config["model"], seed=config["seed"])
+    state = create_state(model, optimizer, seed=config["seed"])
+    return _Setup(config, data, splits, plan, schedule, state)
+
+
+@contextlib.contextmanager
+def _locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Makes the workdir and keeps other runs out of it."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(
+            f"{workdir} is in use by another run; wait for it or use another --workdir"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"--workdir={workdir} cannot be written ({error.strerror}); use another --workdir"
+        ) from error
+    with lock:
+        yield
+
+
+def _train(setup: _Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool) -> Result:
+    plan = setup.plan
+    starts = read_run_record(workdir).get("starts", []) if has_run_record(workdir) else []
+    checkpointer = Checkpointer(workdir, keep=setup.config["keep_checkpoints"])
+    state, history = _restore(setup, checkpointer, workdir)
     with open_recorder(
         workdir,
-        title=_title(config, data),
+        title=_title(setup),
         start_step=int(state.step),
         start_rows=history.rows,
         total_steps=plan.total,
         steps_per_epoch=plan.steps_per_epoch,
         batch_size=plan.batch_size,
     ) as recorder:
-        recorder.message(_describe_start(splits, plan, start_step=int(state.step)))
+        _record_start(setup, workdir, starts=starts, step=int(state.step))
+        recorder.message(_describe_start(setup, step=int(state.step)))
         loop = Loop(
             state=state,
             history=history,
             plan=plan,
-            schedule=schedule,
-            splits=splits,
-            execution=create_execution(config["execution"]),
+            schedule=setup.schedule,
+            splits=setup.splits,
+            execution=create_execution(setup.config["execution"]),
             checkpointer=checkpointer,
-            checkpoint_extra=extra,
+            checkpoint_extra=setup.identity(),
             recorder=recorder,
             stop=stop,
         )
@@ -136,76 +180,62 @@ def _make_plan(config: dict[str, Any], *, train_count: int) -> Plan:
     )
 
 
-def _create(config: dict[str, Any], plan: Plan) -> tuple[Callable[[int], float], TrainState]:
-    schedule = make_schedule(
-        config["optimizer"]["learning_rate"],
-        name=config["schedule"]["name"],
-        warmup=plan.warmup,
-        steps=plan.total,
-        final_fraction=config["schedule"]["final_fraction"],
-    )
-    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), schedule)
-    model = create_model(config["model"], seed=config["seed"])
-    return schedule, create_state(model, optimizer, seed=config["seed"])
-
-
 def _restore(
-    state: TrainState, checkpointer: Checkpointer, extra: dict[str, Any], *, workdir: pathlib.Path
+    setup: _Setup, checkpointer: Checkpointer, workdir: pathlib.Path
 ) -> tuple[TrainState, History]:
     """Starts from the workdir's latest whole checkpoint, or from scratch."""
     restored = checkpointer.restore_latest(warn=_warn)
     if restored is None:
-        return state, History()
+        return setup.state, History()
     step, arrays, saved = restored
-    configuration.check_same_run(extra["config"], saved["config"], workdir=str(workdir))
+    ours = setup.identity()
+    configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
     for key, what in (("data_sha256", "images"), ("splits_sha256", "splits")):
-        if saved[key] != extra[key]:
+        if saved[key] != ours[key]:
             raise UserError(
                 f"{workdir} holds a run on other {what}; use the data that it was started "
                 "with (config.data.source, config.data.directory) or another --workdir"
             )
-    origin = f"checkpoint {step} of {workdir}"
-    return from_arrays(state, arrays, origin=origin), History.from_json(saved["history"])
+    state = from_arrays(setup.state, arrays, origin=f"checkpoint {step} of {workdir}")
+    return state, History.from_json(saved["history"])
 
 
 def _record_start(
-    config: dict[str, Any],
-    workdir: pathlib.Path,
-    *,
-    data: Dataset,
-    splits: dict[str, Split],
-    state: TrainState,
+    setup: _Setup, workdir: pathlib.Path, *, starts: list[dict[str, Any]], step: int
 ) -> None:
     if jax.process_index() != 0:
         return
-    starts = read_run_record(workdir).get("starts", []) if has_run_record(workdir) else []
+    data, splits = setup.data, setup.splits
     update_run_record(
         workdir,
-        config=config,
-        parameters=count_parameters(state),
+        config=setup.config,
+        parameters=count_parameters(setup.state),
         data={"source": data.source, "is_sample": data.is_sample, "sha256": data.sha256},
         splits={
-            "protocol": config["data"]["protocol"],
+            "protocol": setup.config["data"]["protocol"],
             "sizes": {name: len(split) for name, split in splits.items()},
             "sha256": fingerprint(splits),
             "duplicates": duplicates_across(splits),
         },
-        starts=[*starts, {"step": int(state.step), **describe_environment()}],
+        starts=[*starts, {"step": step, **describe_environment()}],
     )
 
 
-def _title(config: dict[str, Any], data: Dataset) -> str:
+def _title(setup: _Setup) -> str:
+    config, data = setup.config, setup.data
     sample = f"; SAMPLE of {len(data.train_images):,} images" if data.is_sample else ""
     return f"{config['model']['name']} on CIFAR-10, {config['data']['protocol']} splits{sample}"
 
 
-def _describe_start(splits: dict[str, Split], plan: Plan, *, start_step: int) -> str:
+def _describe_start(setup: _Setup, *, step: int) -> str:
+    plan, splits = setup.plan, setup.splits
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     left_out = len(splits["train"]) - plan.steps_per_epoch * plan.batch_size
+    sample = "the small SAMPLE of CIFAR-10; " if setup.data.is_sample else ""
     return (
-        f"images: {sizes}; {plan.steps_per_epoch} steps an epoch, {left_out} images left out of "
-        f"each; {jax.device_count()} {jax.devices()[0].device_kind} device(s); "
-        f"starting after step {start_step} of {plan.total}"
+        f"{sample}images: {sizes}; {plan.steps_per_epoch} steps an epoch, {left_out} images left "
+        f"out of each; {jax.device_count()} {jax.devices()[0].device_kind} device(s); "
+        f"starting after step {step} of {plan.total}"
     )
 
 

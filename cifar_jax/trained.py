@@ -42,7 +42,7 @@ def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trai
     Raises:
       UserError: without such a checkpoint, or if it is damaged or does not fit its model.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = pathlib.Path(workdir).expanduser().absolute()  # orbax insists
     step = find_step(workdir, checkpoint)
     arrays, extra = read_checkpoint(workdir, step)
     model_config = extra["config"]["model"]

@@ -15,7 +15,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = "10 epochs"
     config.batch_size = 32  # images a step
     config.steps_per_call = 1  # steps in one compiled call (Keras: steps_per_execution)
-    config.eval_batch_size = 500  # images
+    config.eval_batch_size = 512  # images; the last batch of a split is padded and masked
     config.evaluate_every = "1 epoch"
     config.log_every = "100 steps"  # training loss and accuracy since the last such row
     config.checkpoint_every = "1 epoch"

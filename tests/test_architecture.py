@@ -1,0 +1,88 @@
+"""The shape of the code: imports go downwards, TensorFlow stays in its place, files stay short."""
+
+import ast
+
+import pytest
+
+from tests.runs import ROOT
+
+PACKAGE = ROOT / "cifar_jax"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# From the top down: a module imports only from its own line or from lines below it.
+LAYERS = [
+    ["main"],
+    ["train", "evaluate", "predict", "report", "fetch_data", "write_tfds", "port_weights"],
+    ["loop", "trained"],
+    ["parallel"],
+    ["steps"],
+    ["checkpoint", "state", "recording", "signals", "plan"],
+    ["pretrained"],
+    ["models"],
+    ["optim", "losses", "metrics"],
+    ["data"],
+    ["config", "picture", "labels", "download"],
+    ["errors"],
+    ["__init__"],
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imported_modules(path):
+    """Yields (module, whether at the top of the file) for every import of a file."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        yield from ((name, node in tree.body) for name in names)
+
+
+def part(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_downwards(path):
+    for module, _ in imported_modules(path):
+        names = module.split(".")
+        if names[0] == "cifar_jax" and len(names) > 1 and names[1] in LEVEL:
+            assert LEVEL[names[1]] >= LEVEL[part(path)], f"{path.name} imports {module}"
+        assert names[0] not in ("configs", "experiments", "tests"), f"{path.name} imports {module}"
+
+
+def test_tensorflow_is_imported_late_and_only_to_feed():
+    users = {}
+    for path in FILES:
+        for module, at_top in imported_modules(path):
+            if module.split(".")[0] in ("tensorflow", "tensorflow_datasets"):
+                users.setdefault(module.split(".")[0], set()).add(str(path.relative_to(PACKAGE)))
+                assert not at_top, f"{path.name} imports {module} when it is imported"
+    tfds_users = {"data/png_formats.py", "write_tfds.py"}  # the TFDS reader and writer
+    assert users["tensorflow"] <= {"data/pipeline.py"} | tfds_users
+    assert users["tensorflow_datasets"] <= tfds_users | {"data/sources.py"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_public_functions_have_docstrings_and_hints(path):
+    tree = ast.parse(path.read_text())
+    assert ast.get_docstring(tree) or not tree.body, path.name
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+    for scope in (tree, *classes):
+        for node in scope.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{path.name}: {node.name} has no docstring"
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                bare = [a.arg for a in arguments if a.annotation is None]
+                assert set(bare) <= {"self", "cls"}, f"{path.name}: {node.name} {bare}"
