@@ -55,9 +55,18 @@ RULES: dict[str, Rule] = {
     "data.directory": TEXT,
     "data.protocol": _choice("notebook", "standard"),
     "data.split_seed": SEED,
-    "model.name": _choice("mlp"),
+    "model.name": _choice("mlp", "resnet50"),
     "model.compute_dtype": _choice("float32", "bfloat16"),
     "model.hidden_sizes": SIZES,
+    "model.variant": _choice("keras", "torchvision"),
+    "model.pretrained": TEXT,
+    "model.preprocessing": _choice("unit", "keras", "torchvision"),
+    "model.upsampling": (lambda v: _is_int(v) and v in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
+    "model.interpolation": _choice("nearest", "bilinear"),
+    "model.head": _choice("flatten", "pooled"),
+    "model.dropout": DECAY,
+    "model.batch_norm": _choice("train", "frozen"),
+    "model.remat": SWITCH,
     "optimizer.name": _choice("rmsprop", "sgd", "adam", "adamw"),
     "optimizer.learning_rate": POSITIVE,
     "optimizer.momentum": DECAY,
@@ -75,7 +84,14 @@ RULES: dict[str, Rule] = {
 
 # Where a run stores, logs and looks may change between two starts; what it computes may not.
 MAY_CHANGE = frozenset(
-    ("data.source", "data.directory", "log_every", "checkpoint_every", "keep_checkpoints")
+    (
+        "data.source",
+        "data.directory",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "model.pretrained",  # read once, by the first start
+    )
 )
 
 

@@ -113,6 +113,7 @@ def main() -> None:
         set_up_logging()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import report, train
+        from cifar_jax.recording.recorder import CURVES
 
         result = train.train_and_evaluate(values.config, values.workdir, profile=values.profile)
         command = f"python -m cifar_jax.main {shlex.join(sys.argv[1:])}"
@@ -120,6 +121,7 @@ def main() -> None:
             print(f"stopped and saved at step {result.step}; to go on: {command}", file=sys.stderr)
             sys.exit(128 + result.stopped_by)
         print(report.notebook_table(result.record, result.rows))
+        print(f"figure: {values.workdir}/{CURVES}, checkpoint: step {result.step} of {values.workdir}")
         print(f"next: python -m cifar_jax.predict --workdir={values.workdir} PICTURE...")
 
 

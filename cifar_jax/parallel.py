@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -27,7 +28,12 @@ def scan_train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Runs `train_step` over a stack of batches [steps, B, ...]; metrics come back as [steps]."""
     step = functools.partial(train_step, axis_name=axis_name)
-    return jax.lax.scan(step, state, batches)
+    if len(batches["label"]) > 1:
+        return jax.lax.scan(step, state, batches)
+    # A loop of one is no loop: XLA compiles convolutions inside one for the CPU several times
+    # slower than outside.
+    state, metrics = step(state, jax.tree.map(lambda x: x[0], dict(batches)))
+    return state, jax.tree.map(lambda x: x[jnp.newaxis], metrics)
 
 
 class JitExecution:

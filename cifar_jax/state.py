@@ -56,16 +56,18 @@ def count_parameters(state: TrainState) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree as {"params.dense1.kernel": leaf, ...}, in the tree's order."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
 def to_arrays(tree: Any) -> dict[str, np.ndarray]:
-    """Copies a tree of arrays to the host as {"params.dense1.kernel": array, ...}.
+    """Copies a tree of arrays to the host, by name.
 
     The copies are ours: a device buffer that is donated later cannot change them.
     """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.array(leaf)
-        for path, leaf in leaves
-    }
+    return {name: np.array(leaf) for name, leaf in named_leaves(tree).items()}
 
 
 def from_arrays(template: Any, arrays: Mapping[str, np.ndarray], *, origin: str) -> Any:
@@ -82,11 +84,10 @@ def from_arrays(template: Any, arrays: Mapping[str, np.ndarray], *, origin: str)
     Raises:
       UserError: listing every missing or surplus name and every difference in shape or dtype.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(template)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
-    differences = [f"{name} is missing" for name in names if name not in arrays]
-    differences += [f"{name} is not known here" for name in arrays if name not in set(names)]
-    for name, (_, leaf) in zip(names, paths, strict=True):
+    leaves = named_leaves(template)
+    differences = [f"{name} is missing" for name in leaves if name not in arrays]
+    differences += [f"{name} is not known here" for name in arrays if name not in leaves]
+    for name, leaf in leaves.items():
         found = arrays.get(name)
         if found is not None and (found.shape, found.dtype) != (leaf.shape, leaf.dtype):
             differences.append(
@@ -95,4 +96,4 @@ def from_arrays(template: Any, arrays: Mapping[str, np.ndarray], *, origin: str)
             )
     if differences:
         raise UserError(f"{origin} does not fit the model: {'; '.join(differences)}")
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+    return jax.tree.unflatten(jax.tree.structure(template), [arrays[name] for name in leaves])

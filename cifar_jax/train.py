@@ -17,6 +17,7 @@ from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
 from cifar_jax.errors import UserError
+from cifar_jax.initial import load_initial_weights
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
@@ -183,10 +184,10 @@ def _make_plan(config: dict[str, Any], *, train_count: int) -> Plan:
 def _restore(
     setup: _Setup, checkpointer: Checkpointer, workdir: pathlib.Path
 ) -> tuple[TrainState, History]:
-    """Starts from the workdir's latest whole checkpoint, or from scratch."""
+    """Starts from the workdir's latest whole checkpoint, or pretrained weights, or from scratch."""
     restored = checkpointer.restore_latest(warn=_warn)
     if restored is None:
-        return setup.state, History()
+        return load_initial_weights(setup.state, setup.config["model"], tell=_tell), History()
     step, arrays, saved = restored
     ours = setup.identity()
     configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
@@ -258,5 +259,9 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
     return update_run_record(workdir, result=result)
 
 
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    _tell(f"warning: {text}")

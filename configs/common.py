@@ -34,9 +34,18 @@ def get_config() -> ml_collections.ConfigDict:
     data.split_seed = 42
 
     model = config.model = ml_collections.ConfigDict()
-    model.name = "mlp"
+    model.name = "mlp"  # or "resnet50", with the fields below
     model.compute_dtype = "float32"  # or "bfloat16"; parameters stay float32
-    model.hidden_sizes = (64, 64)
+    model.hidden_sizes = (64, 64)  # mlp
+    model.variant = "keras"  # "keras": ResNet v1; "torchvision": v1.5; as the weights are
+    model.pretrained = "none"  # "keras", "torchvision": the published weights; or a file's path
+    model.preprocessing = "unit"  # "unit": /255, the notebook's; or the weights' own, as the variant
+    model.upsampling = 8  # times 32 pixels: 1, 2, 4 or 8
+    model.interpolation = "nearest"  # or "bilinear"
+    model.head = "flatten"  # the notebook's; or "pooled": mean over pixels, one linear layer
+    model.dropout = 0.5  # in the head
+    model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics
+    model.remat = False  # recompute each block's inside on the way back: less memory, more work
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "rmsprop"  # "rmsprop" as Keras computes it, "sgd", "adam", "adamw"

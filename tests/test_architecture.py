@@ -12,7 +12,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["main"],
     ["train", "evaluate", "predict", "report", "fetch_data", "write_tfds", "port_weights"],
-    ["loop", "trained"],
+    ["loop", "trained", "initial"],
     ["parallel"],
     ["steps"],
     ["checkpoint", "state", "recording", "signals", "plan"],

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cifar_jax.models.mlp import MLP
+from cifar_jax.models.transfer import TransferClassifier
 
 
 def create_model(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
@@ -16,5 +17,17 @@ def create_model(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
       config: `config.model`: name, compute_dtype, and the model's own fields.
       seed: of the initial weights.
     """
-    dtype = jnp.dtype(config["compute_dtype"])
-    return MLP(hidden_sizes=tuple(config["hidden_sizes"]), dtype=dtype, rngs=nnx.Rngs(seed))
+    shared = dict(dtype=jnp.dtype(config["compute_dtype"]), rngs=nnx.Rngs(seed))
+    if config["name"] == "mlp":
+        return MLP(hidden_sizes=tuple(config["hidden_sizes"]), **shared)
+    return TransferClassifier(
+        config["variant"],
+        preprocessing=config["preprocessing"],
+        upsampling=config["upsampling"],
+        interpolation=config["interpolation"],
+        head=config["head"],
+        dropout=config["dropout"],
+        batch_norm=config["batch_norm"],
+        remat=config["remat"],
+        **shared,
+    )

@@ -1,0 +1,261 @@
+"""ResNet-50 in the two forms whose ImageNet weights are published.
+
+He et al., "Deep Residual Learning for Image Recognition", 2015. Parameter paths read like
+"stage2.block1.shortcut_conv.kernel"; kernels are [k, k, in, out], those of 1x1 convolutions
+[in, out].
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cifar_jax.models.layers import BatchNorm, BatchNormMode, max_pool
+from cifar_jax.models.stem import conv_of_repeated
+
+STAGE_BLOCKS = (3, 4, 6, 3)
+STAGE_WIDTHS = (64, 128, 256, 512)
+EXPANSION = 4
+IMAGENET_CLASSES = 1000
+
+# Gaussian with the variance 2 / fan_out that keeps gradients at scale through ReLU (He et al.).
+_HE = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What differs between the published forms; `momentum` is the share of the old value kept."""
+
+    stride_in_3x3: bool
+    conv_bias: bool
+    epsilon: float
+    momentum: float
+    unbiased_running_var: bool
+
+
+VARIANTS = {
+    "keras": Variant(
+        stride_in_3x3=False,
+        conv_bias=True,
+        epsilon=1.001e-5,
+        momentum=0.99,
+        unbiased_running_var=False,
+    ),
+    "torchvision": Variant(
+        stride_in_3x3=True,
+        conv_bias=False,
+        epsilon=1e-5,
+        momentum=0.9,
+        unbiased_running_var=True,
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layers:
+    """Layer constructors with everything filled in that all blocks share."""
+
+    conv: Callable[..., nnx.Conv]
+    pointwise: Callable[..., nnx.Linear]
+    norm: Callable[..., BatchNorm]
+    last_norm: Callable[..., BatchNorm]
+    stride_in_3x3: bool
+
+    @classmethod
+    def of(
+        cls,
+        spec: Variant,
+        *,
+        zero_gamma: bool,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ) -> "_Layers":
+        shared = dict(dtype=dtype, param_dtype=param_dtype)
+        weights = dict(use_bias=spec.conv_bias, kernel_init=_HE, rngs=rngs, **shared)
+        norm = functools.partial(
+            BatchNorm,
+            epsilon=spec.epsilon,
+            momentum=spec.momentum,
+            unbiased=spec.unbiased_running_var,
+            **shared,
+        )
+        return cls(
+            conv=functools.partial(nnx.Conv, **weights),
+            pointwise=functools.partial(nnx.Linear, **weights),
+            norm=norm,
+            last_norm=functools.partial(norm, initial_scale=0.0 if zero_gamma else 1.0),
+            stride_in_3x3=spec.stride_in_3x3,
+        )
+
+
+class Bottleneck(nnx.Module):
+    """1x1, 3x3 and 1x1 convolutions around a shortcut: [B, H, W, in] to [B, H', W', 4 * width].
+
+    A 1x1 convolution is a matrix product over the channel axis of the pixels that its stride
+    keeps, which XLA runs much faster than a convolution, backwards above all.
+    """
+
+    def __init__(
+        self, features_in: int, width: int, *, stride: int, projects: bool, layers: _Layers
+    ):
+        features_out = EXPANSION * width
+        self.stride = stride
+        self.stride_in_3x3 = layers.stride_in_3x3
+        self.conv1 = layers.pointwise(features_in, width)
+        self.norm1 = layers.norm(width)
+        self.conv2 = layers.conv(
+            width, width, (3, 3), strides=stride if layers.stride_in_3x3 else 1, padding=1
+        )
+        self.norm2 = layers.norm(width)
+        self.conv3 = layers.pointwise(width, features_out)
+        self.norm3 = layers.last_norm(features_out)
+        self.shortcut_conv = layers.pointwise(features_in, features_out) if projects else None
+        self.shortcut_norm = layers.norm(features_out) if projects else None
+
+    def __call__(self, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None) -> jax.Array:
+        strided = x[:, :: self.stride, :: self.stride]
+        y = self.conv1(x if self.stride_in_3x3 else strided)
+        y = nnx.relu(self.norm1(y, mode, axis_name=axis_name))
+        y = nnx.relu(self.norm2(self.conv2(y), mode, axis_name=axis_name))
+        y = self.norm3(self.conv3(y), mode, axis_name=axis_name)
+        if self.shortcut_conv is not None:
+            x = self.shortcut_norm(self.shortcut_conv(strided), mode, axis_name=axis_name)
+        return nnx.relu(x + y)
+
+
+class Stage(nnx.Module):
+    """Blocks of one resolution, named block1, block2, ...; the first one strides and projects."""
+
+    def __init__(
+        self,
+        features_in: int,
+        width: int,
+        *,
+        blocks: int,
+        stride: int,
+        remat: bool,
+        layers: _Layers,
+    ):
+        self.blocks = blocks
+        self.remat = remat
+        for i in range(1, blocks + 1):
+            first = i == 1
+            block = Bottleneck(
+                features_in if first else EXPANSION * width,
+                width,
+                stride=stride if first else 1,
+                projects=first,
+                layers=layers,
+            )
+            setattr(self, f"block{i}", block)
+
+    def __call__(self, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None) -> jax.Array:
+        def run(block: Bottleneck, x: jax.Array) -> jax.Array:
+            return block(x, mode=mode, axis_name=axis_name)
+
+        run = nnx.remat(run) if self.remat else run
+        for i in range(1, self.blocks + 1):
+            x = run(getattr(self, f"block{i}"), x)
+        return x
+
+
+class ResNet50(nnx.Module):
+    """The network on preprocessed images of any size."""
+
+    def __init__(
+        self,
+        variant: str = "keras",
+        *,
+        num_classes: int | None = IMAGENET_CLASSES,
+        batch_norm: BatchNormMode = "train",
+        zero_gamma: bool = False,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Creates the network with He's initial values.
+
+        Args:
+            variant: a name in `VARIANTS`: "keras" (v1) or "torchvision" (v1.5).
+            num_classes: outputs of the top layer; None leaves it out.
+            batch_norm: mode of every batch norm in training; "frozen" or "eval" keep the running
+                statistics of the loaded weights (see `layers.BatchNorm`).
+            zero_gamma: the last scale of every block starts at 0, so that every block starts as
+                its shortcut (Goyal et al., 2017). For training from scratch.
+            remat: keep only the input of each block and compute its inside again on the way back:
+                less memory, about a third more work (XLA undoes it on CPUs).
+            dtype: of the computation.
+            param_dtype: of the parameters and running statistics.
+            rngs: the stream "params" draws the initial values.
+        """
+        self.batch_norm = batch_norm
+        self.dtype = dtype
+        precision = dict(dtype=dtype, param_dtype=param_dtype)
+        layers = _Layers.of(VARIANTS[variant], zero_gamma=zero_gamma, rngs=rngs, **precision)
+        features = STAGE_WIDTHS[0]
+        self.stem_conv = layers.conv(3, features, (7, 7), strides=2, padding=3)
+        self.stem_norm = layers.norm(features)
+        for i, (blocks, width) in enumerate(zip(STAGE_BLOCKS, STAGE_WIDTHS, strict=True), start=1):
+            stride = 1 if i == 1 else 2
+            stage = Stage(features, width, blocks=blocks, stride=stride, remat=remat, layers=layers)
+            setattr(self, f"stage{i}", stage)
+            features = EXPANSION * width
+        self.features_out = features
+        top = functools.partial(
+            nnx.Linear,
+            kernel_init=nnx.initializers.normal(0.01),
+            dtype=jnp.promote_types(dtype, jnp.float32),
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.top = None if num_classes is None else top(features, num_classes)
+
+    def __call__(
+        self, x: jax.Array, *, train: bool, axis_name: str | None = None, repeats: int = 1
+    ) -> jax.Array:
+        """The last of `features`: the logits, or without a top the maps of stage 4."""
+        outputs = self.features(x, train=train, axis_name=axis_name, repeats=repeats)
+        return outputs["stage4" if self.top is None else "logits"]
+
+    def features(
+        self, x: jax.Array, *, train: bool, axis_name: str | None = None, repeats: int = 1
+    ) -> dict[str, jax.Array]:
+        """Every stage's output by name, from one forward pass.
+
+        Args:
+            x: preprocessed images [B, H, W, 3], real values.
+            train: True normalises as `batch_norm` says, and "train" there moves the running
+                statistics; False uses them as they are.
+            axis_name: pmap axis over which the batch statistics are shared.
+            repeats: 1, or an even number: the network sees each pixel as a square of
+                repeats x repeats pixels, without that image being built.
+
+        Returns:
+            "stem" (after the pooling) [B, h, w, 64], "stage1" ... "stage4" [B, h, w, 256 ... 2048],
+            "pooled" [B, 2048] and, with a top, "logits" [B, num_classes], in float32 at least.
+        """
+        mode = self.batch_norm if train else "eval"
+        x = self.stem(x.astype(self.dtype), repeats)
+        x = max_pool(nnx.relu(self.stem_norm(x, mode, axis_name=axis_name)))
+        outputs = {"stem": x}
+        for i in range(1, len(STAGE_BLOCKS) + 1):
+            x = getattr(self, f"stage{i}")(x, mode=mode, axis_name=axis_name)
+            outputs[f"stage{i}"] = x
+        outputs["pooled"] = x.mean((1, 2))
+        if self.top is not None:
+            outputs["logits"] = self.top(outputs["pooled"])
+        return outputs
+
+    def stem(self, x: jax.Array, repeats: int) -> jax.Array:
+        """The first convolution, of `x` with every pixel repeated."""
+        if repeats == 1:
+            return self.stem_conv(x)
+        y = conv_of_repeated(x, self.stem_conv.kernel[...], repeats)
+        if self.stem_conv.bias is None:
+            return y
+        return y + jnp.broadcast_to(self.stem_conv.bias[...].astype(y.dtype), y.shape)

@@ -1,0 +1,216 @@
+"""ResNet-50 on CIFAR-10: preprocessing, upsampling, backbone, new head."""
+
+import typing
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cifar_jax.errors import UserError
+from cifar_jax.models.layers import BatchNorm, BatchNormMode, dropout
+from cifar_jax.models.resnet50 import VARIANTS, ResNet50
+
+UPSAMPLINGS = (1, 2, 4, 8)
+INTERPOLATIONS = ("nearest", "bilinear")
+HEADS = ("flatten", "pooled")
+
+# name: (channels reversed to BGR, mean, deviation), of pixels in 0..255. "keras" ("caffe" mode
+# there) and "torchvision" are what those ImageNet weights were trained with; "unit" only divides.
+PREPROCESSINGS = {
+    "keras": (True, (103.939, 116.779, 123.68), (1.0, 1.0, 1.0)),
+    "torchvision": (
+        False,
+        (255 * 0.485, 255 * 0.456, 255 * 0.406),
+        (255 * 0.229, 255 * 0.224, 255 * 0.225),
+    ),
+    "unit": (False, (0.0, 0.0, 0.0), (255.0, 255.0, 255.0)),
+}
+
+
+def preprocess(images: jax.Array, kind: str, *, dtype: jnp.dtype = jnp.float32) -> jax.Array:
+    """Turns RGB pixels into what the weights of that name were trained on.
+
+    Args:
+        images: [B, H, W, 3], uint8 or real, in 0..255.
+        kind: a name in `PREPROCESSINGS`.
+        dtype: of the result; computed in float32 at least, since bfloat16 cannot hold a pixel
+            less its mean.
+    """
+    reverse_channels, mean, deviation = PREPROCESSINGS[kind]
+    wide = jnp.promote_types(dtype, jnp.float32)
+    x = images.astype(wide)
+    if reverse_channels:
+        x = x[..., ::-1]
+    mean, deviation = (jnp.asarray(row, wide).reshape(1, 1, 1, 3) for row in (mean, deviation))
+    return ((x - mean) / deviation).astype(dtype)
+
+
+class FlattenHead(nnx.Module):
+    """The notebook's head: Flatten and two hidden layers of 128 and 64, with dropout.
+
+    BatchNorm, Dense 128 ReLU, Dropout, BatchNorm, Dense 64 ReLU, Dropout, BatchNorm, Dense;
+    settings that the notebook leaves open are Keras's defaults.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        num_classes: int,
+        *,
+        dropout: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout = dropout
+        wide = jnp.promote_types(dtype, jnp.float32)
+        shared = dict(kernel_init=nnx.initializers.glorot_uniform(), rngs=rngs)
+        self.norm1 = BatchNorm(features, dtype=dtype, param_dtype=param_dtype)
+        self.dense1 = nnx.Linear(features, 128, dtype=dtype, param_dtype=param_dtype, **shared)
+        self.norm2 = BatchNorm(128, dtype=dtype, param_dtype=param_dtype)
+        self.dense2 = nnx.Linear(128, 64, dtype=dtype, param_dtype=param_dtype, **shared)
+        self.norm3 = BatchNorm(64, dtype=wide, param_dtype=param_dtype)
+        self.logits = nnx.Linear(64, num_classes, dtype=wide, param_dtype=param_dtype, **shared)
+
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None, axis_name: str | None
+    ) -> jax.Array:
+        """Feature maps [B, h, w, C] to logits [B, num_classes]."""
+        mode: BatchNormMode = "train" if train else "eval"
+        rate = self.dropout if train else 0
+        x = self.norm1(x.reshape(len(x), -1), mode, axis_name=axis_name)
+        x = dropout(nnx.relu(self.dense1(x)), rate, keys, layer=1)
+        x = self.norm2(x, mode, axis_name=axis_name)
+        x = dropout(nnx.relu(self.dense2(x)), rate, keys, layer=2)
+        return self.logits(self.norm3(x, mode, axis_name=axis_name))
+
+
+class PooledHead(nnx.Module):
+    """Mean over the pixels and one linear layer, as on ImageNet; dropout on the means."""
+
+    def __init__(
+        self,
+        features: int,
+        num_classes: int,
+        *,
+        dropout: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.dropout = dropout
+        self.logits = nnx.Linear(
+            features,
+            num_classes,
+            kernel_init=nnx.initializers.glorot_uniform(),
+            dtype=jnp.promote_types(dtype, jnp.float32),
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, x: jax.Array, *, train: bool, keys: jax.Array | None, axis_name: str | None
+    ) -> jax.Array:
+        """Feature maps [B, h, w, C] to logits [B, num_classes]."""
+        del axis_name  # no statistics here
+        return self.logits(dropout(x.mean((1, 2)), self.dropout if train else 0, keys))
+
+
+class TransferClassifier(nnx.Module):
+    """Classifies 32x32 images with an upsampling, a ResNet-50 backbone and a new head."""
+
+    def __init__(
+        self,
+        variant: str = "keras",
+        *,
+        preprocessing: str = "unit",
+        upsampling: int = 8,
+        interpolation: str = "nearest",
+        head: str = "flatten",
+        dropout: float = 0.5,
+        batch_norm: BatchNormMode = "train",
+        num_classes: int = 10,
+        remat: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Creates the model with initial values; the defaults are the notebook's.
+
+        Args:
+            variant: of the backbone, see `resnet50.VARIANTS`.
+            preprocessing: a name in `PREPROCESSINGS`; pretrained weights expect theirs.
+            upsampling: side of the backbone's input, in units of 32 pixels.
+            interpolation: "nearest" or "bilinear".
+            head: "flatten" (`FlattenHead`) or "pooled" (`PooledHead`).
+            dropout: share of hidden outputs dropped in training; 0 needs no keys.
+            batch_norm: mode of the backbone's batch norms in training; the head's always train.
+            num_classes: number of logits.
+            remat: see `ResNet50`.
+            dtype: of the computation; the last layer computes in float32 at least.
+            param_dtype: of the parameters and running statistics.
+            rngs: the stream "params" draws the initial values.
+
+        Raises:
+            UserError: a name or the upsampling is none of the known ones.
+        """
+        _check("variant", variant, VARIANTS)
+        _check("preprocessing", preprocessing, PREPROCESSINGS)
+        _check("upsampling", upsampling, UPSAMPLINGS)
+        _check("interpolation", interpolation, INTERPOLATIONS)
+        _check("head", head, HEADS)
+        _check("batch_norm", batch_norm, typing.get_args(BatchNormMode))
+        self.preprocessing = preprocessing
+        self.upsampling = upsampling
+        self.interpolation = interpolation
+        self.dtype = dtype
+        shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.backbone = ResNet50(
+            variant, num_classes=None, batch_norm=batch_norm, remat=remat, **shared
+        )
+        channels = self.backbone.features_out
+        # A 32x32 image leaves the backbone, whose strides make 32, as one pixel.
+        if head == "flatten":
+            flat = upsampling**2 * channels
+            self.head = FlattenHead(flat, num_classes, dropout=dropout, **shared)
+        else:
+            self.head = PooledHead(channels, num_classes, dropout=dropout, **shared)
+
+    def __call__(
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:
+        """Logits [B, num_classes], in float32 at least.
+
+        Args:
+            images: RGB [B, 32, 32, 3], uint8 or real in 0..255.
+            train: True drops, and normalises by batch statistics (in the backbone: as its
+                `batch_norm` says), which moves the running ones.
+            keys: typed PRNG keys [B] for dropout, one per example.
+            axis_name: pmap axis over which the batch statistics are shared.
+        """
+        maps = self.backbone_maps(images, train=train, axis_name=axis_name)
+        return self.head(maps, train=train, keys=keys, axis_name=axis_name)
+
+    def backbone_maps(
+        self, images: jax.Array, *, train: bool, axis_name: str | None = None
+    ) -> jax.Array:
+        """The backbone's last maps [B, upsampling, upsampling, 2048], which the head reads."""
+        # Affine per channel, so it may as well come before the upsampling, on fewer pixels.
+        x = preprocess(images, self.preprocessing, dtype=self.dtype)
+        repeats = self.upsampling
+        if self.interpolation == "bilinear":
+            batch, height, width, channels = x.shape
+            shape = (batch, repeats * height, repeats * width, channels)
+            x, repeats = jax.image.resize(x, shape, "bilinear"), 1
+        return self.backbone(x, train=train, axis_name=axis_name, repeats=repeats)
+
+
+def _check(name: str, value: object, known: Collection) -> None:
+    if value not in known:
+        raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, known))}")

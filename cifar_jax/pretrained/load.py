@@ -1,0 +1,81 @@
+"""A file of weights into a model's parameters: every name, shape and dtype compared both ways."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cifar_jax.errors import UserError
+from cifar_jax.pretrained import port
+from cifar_jax.pretrained.names import differences
+from cifar_jax.pretrained.ours import Header
+
+_BACKBONE = "backbone."
+_OPTIONAL = {"top", "head"}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What goes into the model, and what stays outside on either side, by name."""
+
+    values: dict[str, np.ndarray]  # by the model's names
+    header: Header
+    unused: tuple[str, ...]  # of the file: a top or head that the model has no place for
+    fresh: tuple[str, ...]  # of the model: a new head, which keeps its initial values
+
+
+def load_pretrained(expected: Mapping[str, Any], path: str | os.PathLike) -> Loaded:
+    """Reads weights for a model.
+
+    A transfer model takes a whole file of its kind, or a ResNet-50 as its backbone (its head then
+    stays as initialised). A ResNet-50 takes a ResNet-50, or a transfer model's backbone. Nothing
+    else may be missing or left over.
+
+    Args:
+        expected: {name: anything with shape and dtype} of every parameter and statistic, such as
+            "stage1.block2.conv1.kernel" or "backbone.stage1.block2.conv1.kernel".
+        path: a file of ours, or any that `port_weights` reads.
+
+    Raises:
+        UserError: with every difference.
+    """
+    weights = port.read(path)
+    values = _as_named_in(expected, weights.values)
+    of_model, of_file = ({_part(name) for name in names} for names in (expected, values))
+    unused = {name for name in values if _part(name) in _OPTIONAL - of_model}
+    fresh = {name for name in expected if _part(name) == "head" and "head" not in of_file}
+    kept = {name: array for name, array in values.items() if name not in unused}
+    wanted = {name: like for name, like in expected.items() if name not in fresh}
+    lines = differences(kept, {name: like.shape for name, like in wanted.items()})
+    # A wider type holds every float32 exactly.
+    lines += [
+        f"{name}: float32, the model has {like.dtype}"
+        for name, like in wanted.items()
+        if not np.can_cast(np.float32, like.dtype, "safe")
+    ]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise UserError(
+            f"{path}: {len(lines)} differences between its {weights.header.variant} weights and "
+            f"the model:\n  {listed}"
+        )
+    cast = {name: array.astype(wanted[name].dtype, copy=False) for name, array in kept.items()}
+    return Loaded(cast, weights.header, unused=tuple(sorted(unused)), fresh=tuple(sorted(fresh)))
+
+
+def _as_named_in(
+    expected: Mapping[str, Any], values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Puts the values of a ResNet-50 into, or takes them out of, a transfer model's backbone."""
+    nested = [any(name.startswith(_BACKBONE) for name in names) for names in (expected, values)]
+    if nested == [True, False]:
+        return {_BACKBONE + name: array for name, array in values.items()}
+    if nested == [False, True]:
+        return {name.removeprefix(_BACKBONE): array for name, array in values.items()}
+    return values
+
+
+def _part(name: str) -> str:
+    return name.removeprefix(_BACKBONE).partition(".")[0]

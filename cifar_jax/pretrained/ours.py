@@ -1,0 +1,155 @@
+"""Our file: one `.safetensors` with our names, whose header says where the numbers come from."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from cifar_jax.errors import UserError
+from cifar_jax.pretrained.names import VARIANTS, printable
+
+FORMAT_VERSION = 1
+PREPROCESSINGS = (*VARIANTS, "unknown")
+# One key with JSON inside: safetensors writes several keys in random order, and the same port shall
+# give the same bytes.
+_KEY = "cifar_jax"
+_MOST_HEADER_BYTES = 16 << 20  # a ResNet-50's has about 30 KB
+_DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file of ours says about itself."""
+
+    source: str  # file name
+    sha256: str  # of the source file
+    md5: str  # of the source file
+    naming: str  # whose names and layout the source had
+    variant: str  # "keras" | "torchvision": the form of ResNet-50
+    # What the weights were trained with: "keras" | "torchvision", or "unknown": a transfer model
+    # may have been fine-tuned with any.
+    preprocessing: str
+    license: str  # "unknown" where the source does not say
+    format_version: int = FORMAT_VERSION
+
+
+def digests(path: str | os.PathLike) -> dict[str, str]:
+    """Returns {"sha256": hex, "md5": hex} of a file."""
+    found = {name: hashlib.new(name, usedforsecurity=False) for name in ("sha256", "md5")}
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            for digest in found.values():
+                digest.update(chunk)
+    return {name: digest.hexdigest() for name, digest in found.items()}
+
+
+def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Reads any `.safetensors`.
+
+    Returns:
+        {name: array} and the header's metadata.
+
+    Raises:
+        UserError: where it is damaged.
+    """
+    path = Path(path)
+    _check_header_length(path)
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            tensors = {}
+            for name in file.keys():  # noqa: SIM118 (no mapping)
+                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
+                    raise UserError(f"{path}: {printable(name)}: {dtype}, expected float32 (F32)")
+                tensors[name] = file.get_tensor(name)
+            return tensors, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
+        reason = printable(" ".join(str(error).split()))
+        raise UserError(f"{path}: damaged or truncated safetensors file: {reason}") from error
+
+
+def parse_header(metadata: Mapping[str, str], path: str | os.PathLike) -> Header | None:
+    """Returns our header, None where the metadata have none.
+
+    Raises:
+        UserError: where it is damaged or of another format version.
+    """
+    if _KEY not in metadata:
+        return None
+    try:
+        header = Header(**json.loads(metadata[_KEY])["header"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path}: damaged header: {printable(str(error))}") from error
+    if header.format_version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {header.format_version}, this program reads {FORMAT_VERSION}: "
+            "port the original file again"
+        )
+    if header.variant not in VARIANTS or header.preprocessing not in PREPROCESSINGS:
+        raise UserError(f"{path}: damaged header: unknown variant or preprocessing")
+    return header
+
+
+def check_content(
+    values: Mapping[str, np.ndarray], metadata: Mapping[str, str], path: str | os.PathLike
+) -> None:
+    """Raises `UserError` where the numbers are not those that were written."""
+    if json.loads(metadata[_KEY]).get("content") != _content(values):
+        raise UserError(f"{path}: damaged: its numbers do not have the SHA-256 in its header")
+
+
+def write(path: str | os.PathLike, values: Mapping[str, np.ndarray], header: Header) -> None:
+    """Writes a file of ours, atomically; the same content gives the same bytes."""
+    about = {"header": dataclasses.asdict(header), "content": _content(values)}
+    metadata = {_KEY: json.dumps(about, sort_keys=True)}
+    write_atomically(path, lambda part: _save(part, values, metadata))
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, np.ndarray], license: str
+) -> None:
+    """Writes tensors by any names, atomically."""
+    write_atomically(path, lambda part: _save(part, tensors, {"license": license}))
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Has `write` fill a file in the same folder, which then takes the place of `path`."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as folder:
+            part = Path(folder) / path.name
+            write(part)
+            os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}") from error
+
+
+def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    path.write_bytes(safetensors.numpy.save(contiguous, metadata))
+
+
+def _content(values: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(values):
+        digest.update(f"{name} {values[name].dtype} {values[name].shape}\n".encode())
+        digest.update(np.ascontiguousarray(values[name]).data)
+    return digest.hexdigest()
+
+
+def _check_header_length(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(size - 8, _MOST_HEADER_BYTES):
+        raise UserError(
+            f"{path}: damaged or truncated safetensors file: it declares a header of {length:,} "
+            f"bytes, the file has {size:,}"
+        )

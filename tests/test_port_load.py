@@ -1,0 +1,288 @@
+"""Our file into models, the names against the models' own, the command, and the caches."""
+
+import functools
+import hashlib
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from cifar_jax import port_weights
+from cifar_jax.errors import UserError
+from cifar_jax.models.resnet50 import ResNet50
+from cifar_jax.models.transfer import TransferClassifier
+from cifar_jax.pretrained import fetch, load, names, ours, port, torch
+from cifar_jax.pretrained.names import Head, Structure
+from tests import port_sources
+
+_FLATTEN = Head("flatten", features=4 * 2048, classes=10)
+_POOLED = Head("pooled", features=2048, classes=10)
+_HEADER = ours.Header("a.h5", "00", "11", "test", "torchvision", "torchvision", "unknown")
+
+
+def _shapes(build) -> dict[str, jax.ShapeDtypeStruct]:
+    model = nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(path): variable.get_value() for path, variable in flat}
+
+
+@functools.cache
+def _backbone(variant="torchvision", classes=None):
+    return _shapes(lambda rngs: ResNet50(variant, num_classes=classes, rngs=rngs))
+
+
+@functools.cache
+def _transfer(variant="torchvision", head="flatten"):
+    return _shapes(lambda rngs: TransferClassifier(variant, head=head, upsampling=2, rngs=rngs))
+
+
+def _parts(paths) -> set[str]:
+    return {path.removeprefix("backbone.").split(".")[0] for path in paths}
+
+
+def _random(structure: Structure) -> dict[str, np.ndarray]:
+    shapes = names.shapes(structure)
+    return {name: port_sources.random_array(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Ours with top, whole transfer, and backbone alone, by name; with what is in them."""
+    folder = tmp_path_factory.mktemp("weights")
+    structures = {
+        "top": Structure("torchvision", classes=1000),
+        "plain": Structure("torchvision"),
+        "whole": Structure("torchvision", head=_FLATTEN),
+    }
+    found = {}
+    for name, structure in structures.items():
+        values = _random(structure)
+        ours.write(folder / f"{name}.safetensors", values, _HEADER)
+        found[name] = (folder / f"{name}.safetensors", values)
+    return found
+
+
+@pytest.mark.parametrize("variant", names.VARIANTS)
+@pytest.mark.parametrize(
+    ("structure", "build"),
+    [
+        ({"classes": None}, _backbone),
+        ({"classes": 1000}, lambda variant: _backbone(variant, 1000)),
+        ({"head": _FLATTEN}, _transfer),
+        ({"head": _POOLED}, lambda variant: _transfer(variant, "pooled")),
+    ],
+)
+def test_names_and_shapes_are_the_models_own(variant, structure, build):
+    expected = {name: like.shape for name, like in build(variant).items()}
+    assert names.shapes(Structure(variant, **structure)) == expected
+
+
+def test_published_counts():
+    """25,557,032 parameters (torchvision's page); 25,636,712 and 40,899,018 (Keras's summary)."""
+
+    def count(structure: Structure) -> int:
+        return sum(int(np.prod(shape)) for shape in names.shapes(structure).values())
+
+    assert count(Structure("torchvision", classes=1000)) == 25_557_032 + 53_120
+    assert count(Structure("keras", classes=1000)) == 25_636_712
+    whole = Head("flatten", features=64 * 2048, classes=10)
+    assert count(Structure("keras", head=whole)) == 40_899_018
+
+
+@pytest.mark.parametrize(
+    ("file", "expected", "unused", "fresh"),
+    [
+        ("top", lambda: _backbone(classes=1000), set(), set()),
+        ("top", lambda: _backbone(), {"top"}, set()),
+        ("top", lambda: _transfer(), {"top"}, {"head"}),
+        ("plain", lambda: _transfer(head="pooled"), set(), {"head"}),
+        ("whole", lambda: _transfer(), set(), set()),
+        ("whole", lambda: _backbone(), {"head"}, set()),
+    ],
+)
+def test_what_goes_into_which_model(files, file, expected, unused, fresh):
+    path, values = files[file]
+    expected = expected()
+    loaded = load.load_pretrained(expected, path)
+    assert loaded.values.keys() | set(loaded.fresh) == expected.keys()
+    assert _parts(loaded.unused) == unused and _parts(loaded.fresh) == fresh
+    for name, array in loaded.values.items():
+        source = name if name in values else name.removeprefix("backbone.")
+        source = source if source in values else f"backbone.{source}"
+        np.testing.assert_array_equal(array, values[source], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected", "message"),
+    [
+        ("plain", lambda: _backbone(classes=1000), r"2 differences(.|\n)*top.kernel: missing"),
+        ("top", lambda: _backbone(classes=10), r"top.bias: shape \(1000,\), expected \(10,\)"),
+        ("plain", lambda: _backbone("keras"), r"53 differences(.|\n)*stem_conv.bias: missing"),
+        ("whole", lambda: _transfer(head="pooled"), r"head.norm1.scale: unexpected"),
+    ],
+)
+def test_what_does_not_fit_is_listed(files, file, expected, message):
+    with pytest.raises(UserError, match=message):
+        load.load_pretrained(expected(), files[file][0])
+
+
+def test_wider_models_get_the_same_numbers_and_narrower_ones_nothing(files):
+    path, values = files["plain"]
+
+    def like(dtype):
+        return {n: jax.ShapeDtypeStruct(s.shape, dtype) for n, s in _backbone().items()}
+
+    loaded = load.load_pretrained(like(np.float64), path).values
+    assert {array.dtype for array in loaded.values()} == {np.dtype(np.float64)}
+    name = "stage2.block1.conv2.kernel"
+    np.testing.assert_array_equal(loaded[name], values[name].astype(np.float64))
+    with pytest.raises(UserError, match="stem_conv.kernel: float32, the model has bfloat16"):
+        load.load_pretrained(like(jax.numpy.bfloat16), path)
+
+
+def test_same_content_gives_the_same_bytes_and_another_bit_is_noticed(files, tmp_path):
+    path, values = files["plain"]
+    content = path.read_bytes()
+    ours.write(tmp_path / "b.safetensors", dict(reversed(values.items())), _HEADER)
+    assert content == (tmp_path / "b.safetensors").read_bytes()
+    at = len(content) - 4_000_001
+    flipped = content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+    (tmp_path / "b.safetensors").write_bytes(flipped)
+    with pytest.raises(UserError, match="do not have the SHA-256 in its header"):
+        port.read(tmp_path / "b.safetensors")
+
+
+@pytest.fixture
+def torchvision_file(files, tmp_path):
+    """A published file by torchvision's names."""
+    path, values = files["top"]
+    table = torch.table(Structure("torchvision", classes=1000), "torchvision")
+    tensors = {name: entry.store(values[entry.name]) for name, entry in table.items()}
+    tensors["bn1.num_batches_tracked"] = np.array(7)
+    safetensors.numpy.save_file(tensors, tmp_path / "source.safetensors")
+    return tmp_path / "source.safetensors"
+
+
+def _run(*arguments) -> None:
+    port_weights.main([str(argument) for argument in arguments])
+
+
+def test_command_there_and_back_with_certificates(torchvision_file, tmp_path, capsys):
+    there, certificate = tmp_path / "ours.safetensors", tmp_path / "certificate.json"
+    _run(torchvision_file, there, "--certificate", certificate)
+    printed = capsys.readouterr().out
+    digest = hashlib.sha256(torchvision_file.read_bytes()).hexdigest()
+    for line in (
+        r"source +source.safetensors \(torchvision / timm\)",
+        f"sha256 +{digest}",
+        r"preprocessing +torchvision",
+        r"read +268 tensors",
+        r"loaded +267 tensors, 25,610,152 numbers",
+        r"ignored +1 tensors\n +bnN.num_batches_tracked \(1\)",
+        r"stage4 +1x3x4x2048( +-?\d\.\d{4}e[+-]\d\d){3}",
+        r"logits +1x1000 ",
+    ):
+        assert re.search(line, printed), (line, printed)
+    data = json.loads(certificate.read_text())
+    assert data["sha256"] == digest and data["ignored"] == ["bn1.num_batches_tracked"]
+    assert data["written"]["sha256"] == hashlib.sha256(there.read_bytes()).hexdigest()
+
+    _run(there, tmp_path / "back.safetensors", "--to", "torchvision")
+    before, after = map(
+        safetensors.numpy.load_file, (torchvision_file, tmp_path / "back.safetensors")
+    )
+    assert before.keys() - after.keys() == {"bn1.num_batches_tracked"}
+    for name, array in after.items():
+        np.testing.assert_array_equal(array, before[name], strict=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("SOURCE", "a.safetensors", "--variant", "keras"), "of variant torchvision, asked for is"),
+        (("SOURCE", "a.npz"), "a.npz: expected a name that ends in .safetensors"),
+        (("SOURCE", "a.weights.h5", "--to", "keras"), "only --to torchvision is possible"),
+        (("SOURCE", "a.pth", "--to", "torchvision"), "ends in .safetensors"),
+        (("SOURCE", "SOURCE"), "is the source itself"),
+        (("OURS", "a.safetensors"), "ported already; to write it back, add --to torchvision"),
+        (("WHOLE", "a.safetensors", "--to", "torchvision"), "no names for a transfer model's head"),
+        (("absent.h5", "a.safetensors"), "absent.h5: no such file of weights"),
+    ],
+)
+def test_command_refuses_in_one_line(
+    files, torchvision_file, tmp_path, monkeypatch, capsys, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    paths = {"SOURCE": torchvision_file, "OURS": files["top"][0], "WHOLE": files["whole"][0]}
+    with pytest.raises(SystemExit) as caught:
+        _run(*(paths.get(argument, argument) for argument in arguments))
+    error = capsys.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1 and message in error
+    assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors"}
+
+
+_NOTOP = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"
+
+
+@pytest.fixture
+def caches(tmp_path, monkeypatch):
+    """Empty caches, and published hashes of files that say `content`."""
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    for file, published in fetch.PUBLISHED.items():
+        digest = hashlib.new(published.algorithm, b"content").hexdigest()
+        digest = digest[: len(published.digest)]
+        changed = fetch.dataclasses.replace(published, digest=digest, address="http://127.0.0.1:1/")
+        monkeypatch.setitem(fetch.PUBLISHED, file, changed)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("wanted", "place"),
+    [
+        ("keras", f"keras/models/{_NOTOP}"),
+        ("keras", f"keras/models/{_NOTOP.replace('_notop', '')}"),
+        ("keras", f"mine/{_NOTOP}"),
+        ("torchvision", "torch/hub/checkpoints/resnet50-0676ba61.pth"),
+        ("torchvision", "mine/resnet50-0676ba61.pth"),
+    ],
+)
+def test_files_that_are_there_are_used_and_checked(caches, wanted, place):
+    (caches / place).parent.mkdir(parents=True)
+    (caches / place).write_bytes(b"content")
+    assert fetch.resolve(wanted, caches / "mine") == caches / place
+    (caches / place).write_bytes(b"other content")
+    with pytest.raises(UserError, match=r"its (md5|sha256) is \w+, published is \w+"):
+        fetch.resolve(wanted, caches / "mine")
+
+
+@pytest.mark.parametrize(("wanted", "file"), [("keras", _NOTOP), ("torchvision", "resnet50-0676")])
+def test_without_network_it_says_which_file_to_put_where(caches, monkeypatch, wanted, file):
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(UserError) as caught:
+        fetch.resolve(wanted, caches / "mine")
+    assert re.search(f"put {file}.* into {caches / 'mine'} or give its path", str(caught.value))
+    assert "\n" not in str(caught.value)
+
+
+def test_published_file_under_its_name_is_checked_before_it_is_read(torchvision_file):
+    path = torchvision_file.rename(torchvision_file.with_name("resnet50-0676ba61.pth"))
+    with pytest.raises(UserError, match="its sha256 is .* published is 0676ba61"):
+        port.read(path)
+
+
+def test_published_hashes_are_those_of_the_frameworks():
+    from keras.src.applications import resnet
+
+    found = [p.digest for file, p in fetch.PUBLISHED.items() if file.endswith(".h5")]
+    assert found[::-1] == list(resnet.WEIGHTS_HASHES["resnet50"])
+    assert all(
+        p.address == resnet.BASE_WEIGHTS_PATH for f, p in fetch.PUBLISHED.items() if "h5" in f
+    )
+    for file, published in fetch.PUBLISHED.items():
+        if file.endswith(".pth"):  # torchvision's names carry the hash
+            assert file == f"resnet50-{published.digest}.pth"
