@@ -121,7 +121,7 @@ def main() -> None:
             print(f"stopped and saved at step {result.step}; to go on: {command}", file=sys.stderr)
             sys.exit(128 + result.stopped_by)
         print(report.notebook_table(result.record, result.rows))
-        print(f"figure: {values.workdir}/{CURVES}, checkpoint: step {result.step} of {values.workdir}")
+        print(f"figure: {values.workdir}/{CURVES}; checkpoint: step {result.step}")
         print(f"next: python -m cifar_jax.predict --workdir={values.workdir} PICTURE...")
 
 

@@ -39,7 +39,7 @@ def get_config() -> ml_collections.ConfigDict:
     model.hidden_sizes = (64, 64)  # mlp
     model.variant = "keras"  # "keras": ResNet v1; "torchvision": v1.5; as the weights are
     model.pretrained = "none"  # "keras", "torchvision": the published weights; or a file's path
-    model.preprocessing = "unit"  # "unit": /255, the notebook's; or the weights' own, as the variant
+    model.preprocessing = "unit"  # /255, the notebook's; or the weights' own, named as the variant
     model.upsampling = 8  # times 32 pixels: 1, 2, 4 or 8
     model.interpolation = "nearest"  # or "bilinear"
     model.head = "flatten"  # the notebook's; or "pooled": mean over pixels, one linear layer

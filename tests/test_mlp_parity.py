@@ -27,7 +27,7 @@ FLOAT64_TOLERANCE = 1e-10
 FLOAT32_LOSS_TOLERANCE = 1e-3
 OPTIMIZERS = {
     "rmsprop": {"learning_rate": 1e-3},
-    # Keras rounds the momentum to float32 on its way to float64: take one that float32 holds exactly.
+    # Keras rounds the momentum to float32 on its way to float64: take one that float32 holds.
     "sgd": {"learning_rate": 0.01, "momentum": 0.875},
     "adam": {"learning_rate": 1e-3},
 }

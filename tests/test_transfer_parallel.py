@@ -1,7 +1,7 @@
 """Three updates of the transfer model on eight devices equal those on one.
 
-Float64, 1e-10: batch statistics are global, and dropout masks belong to the example. At 32 px, where
-the maps of the last stage are single pixels, a replica's own statistics would be over two images:
+Float64, 1e-10: batch statistics are global, and dropout masks belong to the example. At 32 px, the
+maps of the last stage are single pixels, and a replica's own statistics would be over two images:
 the control shows how far off that is.
 """
 
