@@ -26,9 +26,10 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt
 	touch $@
 
-# Without the data set the sample stands in, in a workdir of its own, and says so everywhere.
+# Where no data set is to be had the sample stands in, in a workdir of its own, and says so everywhere.
 train: $(VENV)/installed
-	@if $(BIN)/python -m cifar_jax.fetch_data; then \
+	@source=$$($(BIN)/python -m cifar_jax.fetch_data --or-sample) || exit; \
+	if [ "$$source" = auto ]; then \
 	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR); \
 	else \
 	  echo "CIFAR-10 is not to be had here: training on the small SAMPLE that ships with the package."; \

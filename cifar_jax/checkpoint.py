@@ -24,9 +24,9 @@ METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]
 
 
-def digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """Returns the SHA-256 of all names, types, shapes and values."""
-    sha256 = hashlib.sha256()
+def digest(arrays: Mapping[str, np.ndarray], extra: Mapping[str, Any]) -> str:
+    """Returns the SHA-256 of all names, types, shapes and values, and of the JSON beside them."""
+    sha256 = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         sha256.update(f"{name} {array.dtype} {array.shape}\n".encode())
@@ -72,7 +72,7 @@ class Checkpointer:
                 )
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays),
-            extra=ocp.args.JsonSave({**extra, "sha256": digest(arrays)}),
+            extra=ocp.args.JsonSave({**extra, "sha256": digest(arrays, extra)}),
         )
         metrics = None if accuracy is None else {METRIC: accuracy}
 
@@ -98,7 +98,7 @@ class Checkpointer:
         return "none" if step is None else f"step {step} in {self.workdir / FOLDER}"
 
     def restore_latest(self, warn: Callable[[str], None]) -> tuple[int, Arrays, dict] | None:
-        """Reads the latest checkpoint that is whole; moves damaged ones aside.
+        """Reads the latest checkpoint that is whole.
 
         Args:
           warn: is told of every checkpoint that is passed over.
@@ -116,7 +116,6 @@ class Checkpointer:
             except UserError as error:
                 warn(f"{error}; going back to the checkpoint before it")
                 continue
-            self._move_aside([damaged for damaged in steps if damaged > step])
             return step, arrays, extra
         if steps:
             raise UserError(
@@ -125,13 +124,15 @@ class Checkpointer:
             )
         return None
 
-    def _move_aside(self, steps: list[int]) -> None:
-        for step in steps:
-            target = self.workdir / CORRUPT_FOLDER
+    def move_aside_after(self, step: int) -> None:
+        """Moves the checkpoints after `step`, which are damaged, out of the way of new ones."""
+        damaged = [later for later in self.manager.all_steps() if later > step]
+        target = self.workdir / CORRUPT_FOLDER
+        for later in damaged:
             target.mkdir(exist_ok=True)
-            shutil.rmtree(target / str(step), ignore_errors=True)
-            (self.workdir / FOLDER / str(step)).rename(target / str(step))
-        if steps:
+            shutil.rmtree(target / str(later), ignore_errors=True)
+            (self.workdir / FOLDER / str(later)).rename(target / str(later))
+        if damaged:
             self.manager.reload()
 
     def close(self) -> None:
@@ -152,12 +153,12 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             extra = checkpointer.restore(folder / "extra")
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
-        intact = digest(arrays) == extra["sha256"]
+        intact = extra.pop("sha256") == digest(arrays, extra)
     # A damaged file surfaces as whatever the layer below it raises.
     except Exception as error:
         raise UserError(f"{folder} is damaged ({one_line(error)})") from error
     if not intact:
-        raise UserError(f"{folder} is damaged (its arrays do not match their SHA-256)")
+        raise UserError(f"{folder} is damaged (its content does not match its SHA-256)")
     return arrays, extra
 
 

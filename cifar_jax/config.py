@@ -13,6 +13,7 @@ import ml_collections
 from cifar_jax.errors import UserError
 
 UINT32_MAX = 2**32 - 1
+INT32_MAX = 2**31 - 1  # of the state's step counter
 Rule = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and that in words
 
 
@@ -48,7 +49,7 @@ RULES: dict[str, Rule] = {
     "batch_size": COUNT,
     "steps_per_call": COUNT,
     "eval_batch_size": COUNT,
-    "keep_checkpoints": COUNT,
+    "keep_checkpoints": _whole(2),  # a damaged latest one needs another behind it
     "execution": _choice("jit", "pmap"),
     "matmul_precision": _choice("default", "high", "highest"),
     "data.source": _choice("auto", "sample", "tfds"),
@@ -90,6 +91,7 @@ MAY_CHANGE = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "execution",  # one format of checkpoints serves both
         "model.pretrained",  # read once, by the first start
     )
 )
@@ -115,7 +117,7 @@ class Duration:
         except ValueError:
             value, unit = math.nan, ""
         whole = unit == "epoch" or value == int(value if math.isfinite(value) else 0)
-        if unit not in ("epoch", "step") or not math.isfinite(value) or value < 0 or not whole:
+        if unit not in ("epoch", "step") or not 0 <= value < math.inf or not whole:
             raise UserError(
                 f'config.{key} is "{text}"; expected a number and its unit, such as "10 epochs" '
                 'or "500 steps"'
@@ -136,6 +138,10 @@ def durations_in_steps(config: Mapping[str, Any], steps_per_epoch: int) -> dict[
     texts = {key: config[key] for key in PERIODS}
     steps = {key: Duration.parse(t, key=key).steps(steps_per_epoch) for key, t in texts.items()}
     for key, value in steps.items():
+        if value > INT32_MAX:
+            raise UserError(
+                f'config.{key} is "{texts[key]}", {value} steps; expected at most {INT32_MAX}'
+            )
         if value < 1:
             raise UserError(
                 f'config.{key} is "{texts[key]}"; that is less than one step '

@@ -1,8 +1,11 @@
 """Bad input is told in one line and ends with exit code 2, never with a traceback."""
 
 import contextlib
+import os
+import signal
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -30,9 +33,31 @@ def one_line(error: BaseException, limit: int = 300) -> str:
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a `UserError` inside the block into one line on stderr and its exit code."""
+    """Ends the process with an exit code, and at most one line on stderr, if the block fails.
+
+    A `UserError` with its own code; Ctrl-C with 130; a reader that has left (`| head`) silently
+    with 141; a failed write or too little memory with 1. Anything else is a defect of ours and
+    keeps its traceback.
+    """
     try:
         yield
+        sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        _exit(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _exit("interrupted; nothing was under way that needs saving", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        # Python flushes standard output once more at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (OSError, MemoryError) as error:
+        _exit(one_line(error), RunError.exit_code)
+    except RuntimeError as error:  # JAX's own error is one
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        _exit(f"out of memory ({one_line(error)}); try smaller sizes", RunError.exit_code)
+
+
+def _exit(text: str, code: int) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)

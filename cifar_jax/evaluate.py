@@ -10,8 +10,6 @@ import json
 import pathlib
 from typing import Any
 
-import numpy as np
-
 from cifar_jax.errors import UserError, exit_on_user_error
 
 
@@ -31,31 +29,28 @@ def evaluate(
     from cifar_jax.data.pipeline import eval_batches
     from cifar_jax.data.sources import load
     from cifar_jax.data.splits import fingerprint, make_splits
-    from cifar_jax.recording.run_record import count_test_read, read_run_record
+    from cifar_jax.losses import cross_entropy
+    from cifar_jax.metrics import Metrics, Totals
+    from cifar_jax.recording.run_record import count_test_read
     from cifar_jax.trained import load_trained
 
     trained = load_trained(workdir, checkpoint)
-    config, record = trained.config["data"], read_run_record(workdir)
-    data = load(config["source"], config["directory"])
-    splits = make_splits(data, protocol=config["protocol"], seed=config["split_seed"])
-    if record["splits"]["sha256"] != fingerprint(splits) or record["data"]["sha256"] != data.sha256:
+    config = trained.extra["config"]
+    data = load(config["data"]["source"], config["data"]["directory"])
+    splits = make_splits(
+        data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
+    )
+    found = {"splits_sha256": fingerprint(splits), "data_sha256": data.sha256}
+    if any(trained.extra[key] != value for key, value in found.items()):
         raise UserError(f"{workdir} was trained on other images or splits than {data.source} gives")
     if split == "test":
         count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
-    loss, correct, count = 0.0, 0, 0
-    for batch in eval_batches(splits[split], batch_size=trained.config["eval_batch_size"]):
-        mask, labels = batch["mask"], batch["label"]
-        probabilities = trained.probabilities(batch["image"])
-        chosen = np.take_along_axis(probabilities, labels[:, None], axis=1)[mask, 0]
-        loss -= float(np.log(np.maximum(chosen, np.finfo(np.float32).tiny)).sum())
-        correct += int((probabilities.argmax(1) == labels)[mask].sum())
-        count += int(mask.sum())
-    return {
-        "step": trained.step,
-        "loss": loss / count,
-        "accuracy": correct / count,
-        "count": count,
-    }
+    totals = Totals()
+    for batch in eval_batches(splits[split], batch_size=config["eval_batch_size"]):
+        logits = trained.logits(batch["image"])
+        losses = cross_entropy(logits, batch["label"])
+        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
+    return {"step": trained.step, **totals.means(), "count": totals.count}
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
 """Command: makes sure that CIFAR-10 is on this machine, fetching it where it is not.
 
-python -m cifar_jax.fetch_data [--directory DIR]
+python -m cifar_jax.fetch_data [--directory DIR] [--or-sample]
 """
 
 import argparse
 import logging
+import sys
+from pathlib import Path
 
+from cifar_jax.data.fetch import NotToBeHad, check_complete
 from cifar_jax.data.sources import DEFAULT_DIRECTORY, load
 from cifar_jax.errors import exit_on_user_error
 
@@ -18,14 +21,35 @@ def main() -> None:
     parser.add_argument(
         "--directory", default=DEFAULT_DIRECTORY, help="folder (default: %(default)s)"
     )
+    parser.add_argument(
+        "--or-sample",
+        action="store_true",
+        help="print the data.source to train from: auto, or sample where no CIFAR-10 is to be had",
+    )
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     with exit_on_user_error():
-        dataset = load("auto", arguments.directory)
+        try:
+            found = _find(arguments.directory)
+        except NotToBeHad as error:
+            if not arguments.or_sample:
+                raise
+            print(f"warning: {error}", file=sys.stderr)
+            print("sample")
+            return
+        print(found, file=sys.stderr if arguments.or_sample else sys.stdout)
+        if arguments.or_sample:
+            print("auto")
+
+
+def _find(directory: str) -> str:
+    """Loads the data; returns what was found, for people."""
+    check_complete(Path(directory).expanduser())
+    dataset = load("auto", directory)
     counts = f"{len(dataset.train_labels):,} training"
     if dataset.test_labels is not None:
         counts += f" and {len(dataset.test_labels):,} test"
-    print(f"{counts} images, content checked: {dataset.source}")
+    return f"{counts} images, content checked: {dataset.source}"
 
 
 if __name__ == "__main__":

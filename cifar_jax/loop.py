@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -40,8 +41,8 @@ class Plan:
     log_every: int
     checkpoint_every: int
 
-    def calls(self, start: int) -> list[tuple[int, int]]:
-        """Returns (first step, steps) of each call from `start` on."""
+    def calls(self, start: int) -> Iterator[tuple[int, int]]:
+        """Yields (first step, steps) of each call from `start` on."""
         periods = [
             self.steps_per_epoch,
             self.evaluate_every,
@@ -123,24 +124,24 @@ class Loop:
           RunError: when a loss is not finite or a checkpoint cannot be written.
         """
         self.finish_edge()  # a signal may have come between the last call and its evaluation
-        calls = self.plan.calls(self.step)
-        if calls:
-            self.train(calls, profile_folder)
+        if self.step < self.plan.total:
+            self.train(profile_folder)
         if self.saved_step != self.step:
             self.save(accuracy=None)
         self.checkpointer.wait()
 
-    def train(self, calls: list[tuple[int, int]], profile_folder: pathlib.Path | None) -> None:
-        """Makes the calls, as far as no signal comes."""
+    def train(self, profile_folder: pathlib.Path | None) -> None:
+        """Makes the calls that are left, as far as no signal comes."""
         plan = self.plan
         batches = pipeline.train_batches(
             self.splits["train"],
-            calls,
+            plan.calls(self.step),
             batch_size=plan.batch_size,
             seed=plan.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        calls = plan.calls(self.step)
         with contextlib.ExitStack() as trace:
             for number, ((_, steps), batch) in enumerate(zip(calls, batches, strict=True)):
                 if self.stop.received is not None:
@@ -217,7 +218,8 @@ class Loop:
         if evaluation_due and self.stop.received is None:
             accuracy = self.evaluate_and_record()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
-        if (checkpoint_due or is_best) and self.stop.received is None:
+        # A signal may come while the row is written: the best must be saved as such all the same.
+        if is_best or (checkpoint_due and self.stop.received is None):
             self.save(accuracy=accuracy)
         self._settled = time.perf_counter()
 

@@ -52,8 +52,8 @@ def parse_flags() -> flags.FlagValues:
     Raises:
       UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
     """
-    values = define_flags()
     try:
+        values = define_flags()
         rest = values(sys.argv)[1:]
         if values.config is not None:
             values.config.keys()  # a file that could not be read says so only when it is used
@@ -116,13 +116,21 @@ def main() -> None:
         from cifar_jax.recording.recorder import CURVES
 
         result = train.train_and_evaluate(values.config, values.workdir, profile=values.profile)
-        command = f"python -m cifar_jax.main {shlex.join(sys.argv[1:])}"
+        go_on = f"{python_command()} -m cifar_jax.main {shlex.join(sys.argv[1:])}"
         if result.stopped_by is not None:
-            print(f"stopped and saved at step {result.step}; to go on: {command}", file=sys.stderr)
+            saved = f"and saved at step {result.step}" if result.step else "before the first step"
+            print(f"stopped {saved}; to go on: {go_on}", file=sys.stderr)
             sys.exit(128 + result.stopped_by)
+        workdir = shlex.quote(values.workdir)
         print(report.notebook_table(result.record, result.rows))
         print(f"figure: {values.workdir}/{CURVES}; checkpoint: step {result.step}")
-        print(f"next: python -m cifar_jax.predict --workdir={values.workdir} PICTURE...")
+        print(f"next: {python_command()} -m cifar_jax.predict --workdir={workdir} PICTURE...")
+
+
+def python_command() -> str:
+    """Returns what to type for this interpreter: it may not be the one on the path."""
+    inside = os.path.relpath(sys.executable)
+    return shlex.quote(sys.executable if inside.startswith("..") else inside)
 
 
 if __name__ == "__main__":

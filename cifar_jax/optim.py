@@ -54,30 +54,31 @@ def is_kernel(path: tuple[Any, ...], _: Any) -> bool:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Returns the chain: clip the whole gradient, scale, decay the kernels, apply the rate.
+    """Returns the chain: clip the whole gradient, scale it, apply the rate, momentum, weight decay.
 
-    RMSprop is Keras's: velocity from 0, epsilon inside the root, momentum after the rate's scale
-    (keras/src/optimizers/rmsprop.py). SGD's momentum is Keras's with a constant rate and PyTorch's
-    always. Adam's epsilon is PyTorch's: outside the root, after the bias correction. Weight decay
-    is decoupled for every optimizer: it adds `weight_decay * kernel` before the rate.
+    RMSprop and SGD are Keras's (keras/src/optimizers/rmsprop.py, sgd.py): velocity from 0, epsilon
+    inside the root, and momentum over steps that already carry their rate; PyTorch applies the
+    rate after the momentum, which is the same while the rate is constant. Adam's epsilon is
+    PyTorch's: outside the root, after the bias correction. Weight decay is decoupled for every
+    optimizer: an update also takes off rate * weight_decay * kernel, outside the momentum.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    momentum = config.momentum or None
+    adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
     scale = {
-        "rmsprop": lambda: optax.chain(
-            optax.scale_by_rms(config.decay, config.epsilon, eps_in_sqrt=True),
-            optax.trace(momentum) if momentum else optax.identity(),
-        ),
-        "sgd": lambda: optax.trace(momentum, config.nesterov) if momentum else optax.identity(),
-        "adam": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        "adamw": lambda: optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-    }[config.name]()
+        "rmsprop": optax.scale_by_rms(config.decay, config.epsilon, eps_in_sqrt=True),
+        "sgd": optax.identity(),
+        "adam": adam,
+        "adamw": adam,
+    }[config.name]
+    has_momentum = config.momentum and config.name in ("rmsprop", "sgd")
     decay = optax.add_decayed_weights(
-        config.weight_decay, mask=lambda params: jax.tree.map_with_path(is_kernel, params)
+        lambda step: -config.weight_decay * schedule(step),
+        mask=lambda params: jax.tree.map_with_path(is_kernel, params),
     )
     return optax.chain(
         clip,
         scale,
-        decay if config.weight_decay else optax.identity(),
         optax.scale_by_learning_rate(schedule),
+        optax.trace(config.momentum, config.nesterov) if has_momentum else optax.identity(),
+        decay if config.weight_decay else optax.identity(),
     )

@@ -10,8 +10,13 @@ from PIL import Image, ImageOps
 from cifar_jax.errors import UserError
 
 SIZE = (32, 32)
+# What photos, screenshots and image data sets come as. Pillow knows many more, but a picture may be
+# from anybody: EPS would start Ghostscript on the program that such a file is, and the decoders of
+# rare formats are the least tried ones. (The MPO of cameras counts as JPEG.)
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF", "PPM", "ICO")
 # What white may be in modes of more than 8 bits; the smallest that no value exceeds counts.
 WHITE_LEVELS = {"I;16": (65535,), "I": (255, 65535), "F": (1, 255, 65535)}
+PIECE = 2**18  # pixels that are scaled at a time
 
 
 def read_picture(path: str | os.PathLike) -> np.ndarray:
@@ -29,7 +34,7 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
     - animations and pages: the first.
 
     Args:
-        path: the file, in any format that Pillow reads.
+        path: the file, in one of `FORMATS`.
 
     Returns:
         uint8 [32, 32, 3], RGB.
@@ -43,12 +48,12 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # oddities of metadata, which do not touch the pixels
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 return np.asarray(_to_rgb(ImageOps.exif_transpose(image)).resize(SIZE))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Image.UnidentifiedImageError:
-        raise UserError(f"{path}: not a picture in a format that Pillow reads") from None
+        raise UserError(f"{path}: not a picture; expected one of {', '.join(FORMATS)}") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         raise UserError(
@@ -97,4 +102,8 @@ def _to_eight_bits(values: np.ndarray, white_levels: tuple[int, ...]) -> np.ndar
         white = brightest if brightest > black else black + 1
     else:
         black = 0.0
-    return np.rint((values.astype(np.float64) - black) * (255 / (white - black))).astype(np.uint8)
+    scale = 255 / (white - black)
+    # In pieces: the float64 values of a whole picture would take eight times its eight bits.
+    pieces = np.array_split(values.ravel(), values.size // PIECE + 1)
+    scaled = [np.rint((p.astype(np.float64) - black) * scale).astype(np.uint8) for p in pieces]
+    return np.concatenate(scaled).reshape(values.shape)

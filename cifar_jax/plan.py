@@ -1,5 +1,7 @@
 """Step arithmetic: when a run logs, evaluates and saves, and how its steps fall into calls."""
 
+from collections.abc import Iterator
+
 
 def next_stop(step: int, periods: list[int], total: int) -> int:
     """Returns the first step after `step` that is a multiple of a period, or the last one."""
@@ -8,7 +10,7 @@ def next_stop(step: int, periods: list[int], total: int) -> int:
 
 def plan_calls(
     start: int, total: int, *, steps_per_call: int, periods: list[int]
-) -> list[tuple[int, int]]:
+) -> Iterator[tuple[int, int]]:
     """Cuts the steps from `start` to `total` into calls.
 
     A call is as long as `steps_per_call` unless a stop comes first. Where a call ends depends on
@@ -21,15 +23,13 @@ def plan_calls(
       steps_per_call: the longest call.
       periods: steps between evaluations, saves, rows and epochs; no call crosses a multiple.
 
-    Returns:
+    Yields:
       (first step, number of steps) of each call.
     """
-    calls = []
     while start < total:
         end = min(start + steps_per_call, next_stop(start, periods, total))
-        calls.append((start, end - start))
+        yield start, end - start
         start = end
-    return calls
 
 
 def is_due(step: int, period: int, total: int) -> bool:

@@ -103,20 +103,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; see `--help`."""
     options = _parse(arguments)
     paths, images, errors = [], [], []
-    for path in options.pictures:
-        try:
-            images.append(read_picture(path))
-            paths.append(path)
-        except UserError as error:
-            errors.append(error)
     with exit_on_user_error():
+        for path in options.pictures:
+            try:
+                images.append(read_picture(path))
+                paths.append(path)
+            except UserError as error:
+                errors.append(error)
         answers = _classify(paths, images, workdir=options.workdir, checkpoint=options.checkpoint)
-    if options.json:
-        print(json.dumps(answers, indent=2))
-    else:
-        for answer in answers:
-            print(_format(answer))
-    sys.stdout.flush()
+        if options.json:
+            print(json.dumps(answers, indent=2))
+        else:
+            for answer in answers:
+                print(_format(answer))
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     if errors:

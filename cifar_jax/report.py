@@ -2,7 +2,9 @@
 
 import argparse
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
 from cifar_jax.recording.figures import draw_comparison
@@ -14,6 +16,15 @@ SPLITS = ("train", "validation", "test")
 NOTEBOOK = {
     "mlp": {"train": 0.3748, "validation": 0.3550},
     "resnet50": {"validation": 0.9405, "test": 0.9366},
+}
+# What the table needs of a `run.json`.
+FIELDS = {
+    "config.model.name": str,
+    "data.source": str,
+    "data.is_sample": bool,
+    "parameters": int,
+    "result.test_accuracy": Real | None,
+    "result.train_seconds": Real | None,
 }
 COLUMNS = ("run", "model", "data", "epochs", *SPLITS, "seconds", "parameters")
 
@@ -28,12 +39,11 @@ def accuracies(record: dict, rows: list[dict]) -> dict[str, float]:
     Returns:
         Accuracy (0..1) by split; a split that was not evaluated is missing.
     """
-    result = record.get("result") or {}
     row = _reported_row(record, rows)
     found = {
         "train": row.get("train_accuracy"),
         "validation": row.get("validation_accuracy"),
-        "test": result.get("test_accuracy"),
+        "test": _field(record, "result.test_accuracy"),
     }
     return {split: accuracy for split, accuracy in found.items() if accuracy is not None}
 
@@ -81,7 +91,7 @@ def markdown_table(runs: dict[str, tuple[dict, list[dict]]]) -> str:
 
 def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
     data = record["data"]
-    seconds = (record.get("result") or {}).get("train_seconds")
+    seconds = _field(record, "result.train_seconds")
     epoch = _reported_row(record, rows).get("epoch")
     cells = [
         name,
@@ -97,9 +107,17 @@ def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
 
 def _reported_row(record: dict, rows: list[dict]) -> dict:
     evaluations = evaluation_rows(rows)
-    step = (record.get("result") or {}).get("step")
+    step = _field(record, "result.step")
     tested = [row for row in evaluations if row["step"] == step]
     return (tested or evaluations or [{}])[-1]
+
+
+def _field(record: dict, name: str) -> Any:
+    """The value under a dotted name; None where a part is missing."""
+    value = record
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def _cells(values: dict[str, float], *, missing: str) -> list[str]:
@@ -107,17 +125,21 @@ def _cells(values: dict[str, float], *, missing: str) -> list[str]:
 
 
 def _names(workdirs: Sequence[str]) -> list[str]:
-    """The folders' names, or their whole paths where two have the same name."""
-    names = [Path(workdir).resolve().name for workdir in workdirs]
+    """The folders' names, or the paths as they were given where two have the same name."""
+    folders = [Path(workdir).resolve() for workdir in workdirs]
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise UserError(f"{workdirs[number]}: given twice; name each run once")
+    names = [folder.name for folder in folders]
     return names if len(set(names)) == len(names) else list(workdirs)
 
 
 def _read_run(workdir: str) -> tuple[dict, list[dict]]:
     record = read_run_record(workdir)
-    missing = [field for field in ("config", "data", "parameters") if field not in record]
-    if missing:
+    bad = [name for name, kind in FIELDS.items() if not isinstance(_field(record, name), kind)]
+    if bad:
         raise UserError(
-            f"{Path(workdir) / RECORD_NAME}: has no {', '.join(missing)}; "
+            f"{Path(workdir) / RECORD_NAME}: has no valid {', '.join(bad)}; "
             "did the run end before its first step?"
         )
     return record, read_rows(workdir)
@@ -132,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--figure", metavar="PNG", help="draw the validation curves there")
     options = parser.parse_args(arguments)
     with exit_on_user_error():
+        if options.figure is not None and Path(options.figure).suffix.lower() != ".png":
+            raise UserError(f"--figure={options.figure}: expected a name that ends in .png")
         runs = {
             name: _read_run(workdir)
             for name, workdir in zip(_names(options.runs), options.runs, strict=True)

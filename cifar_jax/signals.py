@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from types import FrameType
 
@@ -29,6 +30,8 @@ class StopSignal:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
+            if hasattr(sys, "ps1"):  # a notebook or prompt: its variables must survive
+                raise KeyboardInterrupt
             # No clean-up: whoever signals twice does not want to wait for a save under way, and an
             # unfinished one is only a temporary folder.
             os._exit(128 + number)

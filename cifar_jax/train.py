@@ -16,7 +16,7 @@ from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
@@ -60,10 +60,19 @@ def train_and_evaluate(
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    with StopSignal() as stop, jax.default_matmul_precision(config.matmul_precision):
+    _check_devices()
+    with jax.default_matmul_precision(config.matmul_precision):
         setup = _set_up(configuration.to_dict(config))
-        with _locked(workdir):
+        with _locked(workdir), StopSignal() as stop:
             return _train(setup, workdir, stop=stop, profile=profile)
+
+
+def _check_devices() -> None:
+    try:
+        jax.devices()
+    # Whatever a driver or a plug-in raises.
+    except Exception as error:
+        raise UserError(f"JAX finds no device ({one_line(error)}); see JAX_PLATFORMS") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,12 +200,20 @@ def _restore(
     step, arrays, saved = restored
     ours = setup.identity()
     configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
-    for key, what in (("data_sha256", "images"), ("splits_sha256", "splits")):
-        if saved[key] != ours[key]:
-            raise UserError(
-                f"{workdir} holds a run on other {what}; use the data that it was started "
-                "with (config.data.source, config.data.directory) or another --workdir"
-            )
+    # Kaggle's form has no labelled test images, and so no hash of them.
+    hashes = saved["data_sha256"].items()
+    same_images = all(ours["data_sha256"].get(name, found) == found for name, found in hashes)
+    if not same_images or saved["splits_sha256"] != ours["splits_sha256"]:
+        raise UserError(
+            f"{workdir} holds a run on other images or splits; use the data that it was started "
+            "with (config.data.source, config.data.directory) or another --workdir"
+        )
+    if step > setup.plan.total:
+        raise UserError(
+            f'config.train_for is "{setup.config["train_for"]}", {setup.plan.total} steps; '
+            f"{workdir} holds a run of {step} steps already"
+        )
+    checkpointer.move_aside_after(step)
     state = from_arrays(setup.state, arrays, origin=f"checkpoint {step} of {workdir}")
     return state, History.from_json(saved["history"])
 
@@ -204,8 +221,6 @@ def _restore(
 def _record_start(
     setup: _Setup, workdir: pathlib.Path, *, starts: list[dict[str, Any]], step: int
 ) -> None:
-    if jax.process_index() != 0:
-        return
     data, splits = setup.data, setup.splits
     update_run_record(
         workdir,

@@ -19,17 +19,22 @@ class Trained:
     """A model with the parameters and statistics of one checkpoint."""
 
     model: nnx.Module
-    config: dict[str, Any]  # nested, as in the run's configuration
+    extra: dict[str, Any]  # what the checkpoint says of its run: "config", hashes, history
     step: int
+
+    def logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns logits, float32 or wider [N, 10], of uint8 [N, 32, 32, 3] images."""
+        with jax.default_matmul_precision(self.extra["config"]["matmul_precision"]):
+            return np.asarray(_logits(self.model, images))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
         """Returns class probabilities, float32 [N, 10], of uint8 [N, 32, 32, 3] images."""
-        return np.asarray(_probabilities(self.model, images))
+        return np.asarray(jax.nn.softmax(self.logits(images).astype(np.float32)))
 
 
 @nnx.jit
-def _probabilities(model: nnx.Module, images: jax.Array) -> jax.Array:
-    return jax.nn.softmax(model(images, train=False).astype(np.float32))
+def _logits(model: nnx.Module, images: jax.Array) -> jax.Array:
+    return model(images, train=False)
 
 
 def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trained:
@@ -52,4 +57,4 @@ def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trai
     wanted = {name: x for name, x in arrays.items() if name.split(".")[0] in MODEL_PARTS}
     tree = from_arrays(template, wanted, origin=f"checkpoint {step} of {workdir}")
     model = nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS))
-    return Trained(model, extra["config"], step)
+    return Trained(model, extra, step)

@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.evaluate_every = "1 epoch"
     config.log_every = "100 steps"  # training loss and accuracy since the last such row
     config.checkpoint_every = "1 epoch"
-    config.keep_checkpoints = 2  # latest ones, beside the best on validation
+    config.keep_checkpoints = 2  # latest ones, at least 2, beside the best on validation
 
     config.execution = "jit"  # "jit": one sharded program; "pmap": one program a device
     config.matmul_precision = "highest"  # "default" lets a GPU or TPU round its inputs
@@ -56,7 +56,7 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.beta1 = 0.9  # adam and adamw
     optimizer.beta2 = 0.999  # adam and adamw
     optimizer.epsilon = 1e-7  # rmsprop: inside the root, as in Keras; adam and adamw: outside
-    optimizer.weight_decay = 0.0  # of kernels only; decoupled, times the learning rate
+    optimizer.weight_decay = 0.0  # of kernels only; decoupled (so "adam" with it is "adamw")
     optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
 
     schedule = config.schedule = ml_collections.ConfigDict()

@@ -86,7 +86,7 @@ def test_the_digest_sees_any_change(change):
         if change == "value":
             kernel = np.nextafter(kernel, np.float32(9))
         changed[name] = kernel
-    assert digest(changed) != digest(original)
+    assert digest(changed, {}) != digest(original, {})
 
 
 def data_files(folder):
@@ -111,6 +111,12 @@ def other_arrays(folder):
     shutil.copytree(folder.parent / "20" / "state", folder / "state")
 
 
+def edit_extra(folder, old, new):
+    file = folder / "extra" / "metadata"
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+
+
 DAMAGES = {
     "flipped bit": flip_a_bit,
     "truncated": truncate,
@@ -119,6 +125,8 @@ DAMAGES = {
     "no manifest": lambda folder: (folder / "state" / "manifest.ocdbt").unlink(),
     "no extra": lambda folder: shutil.rmtree(folder / "extra"),
     "extra is not JSON": lambda folder: (folder / "extra" / "metadata").write_text('{"history'),
+    "extra has another name": lambda folder: edit_extra(folder, '"history"', '"hist"'),
+    "extra has another number": lambda folder: edit_extra(folder, ": 40", ": 41"),
     "empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }
 
@@ -138,6 +146,8 @@ def test_a_damaged_latest_falls_back_and_is_moved_aside(saved, damage):
     np.testing.assert_array_equal(restored["opt_state.0.nu"], arrays(30)["opt_state.0.nu"])
     if damage != "empty folder":  # orbax does not take that for a checkpoint at all
         assert len(warnings) == 1 and "40" in warnings[0] and "\n" not in warnings[0]
+        assert not (saved / CORRUPT_FOLDER).exists()  # nothing is touched before it is wanted
+        checkpointer.move_aside_after(30)
         assert (saved / CORRUPT_FOLDER / "40").exists()
     checkpointer.save(40, arrays(40), {}, accuracy=None)
     checkpointer.wait()

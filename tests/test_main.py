@@ -1,7 +1,6 @@
 """The command line: bad input is one line and an exit code, and leaves nothing behind."""
 
 import importlib
-import json
 import os
 import shutil
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cifar_jax import main
-from cifar_jax.checkpoint import FOLDER, read_checkpoint
+from cifar_jax.checkpoint import FOLDER, Checkpointer, read_checkpoint
 from cifar_jax.config import RULES
 from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.predict import predict_image, predict_images
@@ -60,10 +59,23 @@ def truncate_checkpoint(place):
 
 
 def other_model_in_checkpoint(place):
-    metadata = place / "run" / FOLDER / "2" / "extra" / "metadata"
-    extra = json.loads(metadata.read_text())
+    """A checkpoint that is whole, and whose configuration belongs to another model."""
+    arrays, extra = read_checkpoint(place / "run", 2)
     extra["config"]["model"]["hidden_sizes"] = [32]
-    metadata.write_text(json.dumps(extra))
+    checkpointer = Checkpointer(place / "run", keep=2)
+    checkpointer.save(2, arrays, extra, accuracy=None)
+    checkpointer.wait()
+    checkpointer.close()
+
+
+def data_file(name, content):
+    """Puts a damaged file where the data is looked for."""
+
+    def put(place):
+        (place / "data").mkdir()
+        (place / "data" / name).write_bytes(content)
+
+    return put
 
 
 def nothing(place):
@@ -71,6 +83,7 @@ def nothing(place):
 
 
 # name: (module, arguments, what is done to the folder first, what the line must say)
+DATA = [MLP, "--workdir=new", "--config.data.directory=data"]
 TRAIN = [MLP, "--workdir=new", SAMPLE]
 CASES = {
     "no arguments": ("main", [], nothing, "--config is missing"),
@@ -178,12 +191,31 @@ CASES = {
         lambda place: shutil.rmtree(place / "run" / FOLDER / "2" / "metrics"), "no best checkpoint",
     ),
     "evaluate without a run": ("evaluate", ["--workdir=nowhere"], nothing, "nowhere"),
-    "evaluate on other splits": (
-        "evaluate", ["--workdir=run"],
-        lambda place: (place / "run" / "run.json").write_text(
-            (place / "run" / "run.json").read_text().replace('"sha256": "', '"sha256": "0')
-        ),
-        "other images or splits",
+    "evaluate with a damaged checkpoint": (
+        "evaluate", ["--workdir=run"], truncate_checkpoint, "is damaged",
+    ),
+    "data: a batch is cut": (
+        "main", DATA, data_file("data_batch_1.bin", b"\x01" * 1000), "data_batch_1.bin",
+    ),
+    "data: a pickle that calls": (
+        "main", DATA, data_file("data_batch_1", b"cos\nsystem\n(S'true'\ntR."), "data_batch_1",
+    ),
+    "data: an archive that is none": (
+        "main", DATA, data_file("cifar-10-binary.tar.gz", b"nothing"), "cifar-10-binary.tar.gz",
+    ),
+    "data: Kaggle's labels without pictures": (
+        "main", DATA, data_file("trainLabels.csv", b"id,label\n1,frog\n"), "data",
+    ),
+    "a run longer than asked for": (
+        "main", [MLP, "--workdir=run", SAMPLE, "--config.train_for=1 step"], nothing,
+        "2 steps already",
+    ),
+    "a flag file that is not there": ("main", ["--flagfile=nope"], nothing, "nope"),
+    "more steps than can be counted": (
+        "main", [*TRAIN, "--config.train_for=100000000 epochs"], nothing, "at most 2147483647",
+    ),
+    "keep one checkpoint": (
+        "main", [*TRAIN, "--config.keep_checkpoints=1"], nothing, "from 2 to",
     ),
     "report without a run": ("report", ["nowhere"], nothing, "nowhere"),
     "report on a damaged record": (
@@ -287,4 +319,4 @@ def test_a_whole_command_ends_with_the_table_and_the_next_line(tmp_path, capsys,
     main.main()
     output = capsys.readouterr().out
     assert "notebook        0.3748      0.3550" in output and "SAMPLE" in output
-    assert f"next: python -m cifar_jax.predict --workdir={tmp_path}" in output
+    assert f"next: {main.python_command()} -m cifar_jax.predict --workdir={tmp_path}" in output

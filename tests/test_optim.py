@@ -106,3 +106,46 @@ def test_constant_with_and_without_warmup():
     assert [float(rate(k)) for k in (0, 9)] == pytest.approx([0.4, 0.4])
     rate = make_schedule(0.4, name="constant", warmup=4, steps=10, final_fraction=0.0)
     assert [float(rate(k)) for k in (0, 1, 4, 9)] == pytest.approx([0.0, 0.1, 0.4, 0.4])
+
+
+# Keras 3.15 turns its variables into arrays in a way that NumPy 2 warns of.
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(("name", "nesterov"), [("rmsprop", False), ("sgd", False), ("sgd", True)])
+def test_momentum_under_a_schedule_is_keras(name, nesterov):
+    """40 updates of one variable in float32, with a rate that falls to nothing.
+
+    Both sides round each update once or twice: 1e-5 of the values is a hundred times that. With the
+    rate outside the momentum, as in PyTorch, the values part by more than 1e-2.
+    """
+    import keras
+
+    rng = np.random.default_rng(0)
+    start = rng.normal(size=(4, 3)).astype(np.float32)
+    gradients = rng.normal(size=(40, 4, 3)).astype(np.float32)
+    rate = keras.optimizers.schedules.CosineDecay(0.1, 40)
+    options = {"learning_rate": rate, "momentum": 0.875}
+    theirs = (
+        keras.optimizers.RMSprop(**options)
+        if name == "rmsprop"
+        else keras.optimizers.SGD(**options, nesterov=nesterov)
+    )
+    variable = keras.Variable(start)
+    config = dataclasses.replace(BASE, name=name, momentum=0.875, nesterov=nesterov)
+    schedule = make_schedule(0.1, name="cosine", warmup=0, steps=40, final_fraction=0.0)
+    ours = make_optimizer(config, schedule)
+    params, outside = {"kernel": jnp.asarray(start)}, {"kernel": jnp.asarray(start)}
+    state = ours.init(params)
+    scale = optax.scale_by_rms(0.9, 1e-7) if name == "rmsprop" else optax.identity()
+    pytorch = optax.chain(
+        scale, optax.trace(0.875, nesterov), optax.scale_by_learning_rate(schedule)
+    )
+    other = pytorch.init(outside)
+    for gradient in gradients:
+        theirs.apply([keras.ops.convert_to_tensor(gradient)], [variable])
+        updates, state = ours.update({"kernel": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, other = pytorch.update({"kernel": jnp.asarray(gradient)}, other, outside)
+        outside = optax.apply_updates(outside, updates)
+    expected = keras.ops.convert_to_numpy(variable)
+    np.testing.assert_allclose(params["kernel"], expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(outside["kernel"] - expected).max() > 1e-2

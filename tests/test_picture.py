@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -194,6 +195,43 @@ def test_pixels_of_every_mode(tmp_path, content, expected, tolerance):
     assert np.ptp(expected) == 0 or np.abs(pixels[::-1].astype(int) - expected).max() > 20
 
 
+FORMAT_FILES = {
+    **{name: encode(Image.fromarray(RGB), name) for name in ("PNG", "BMP", "TIFF", "PPM")},
+    "WEBP": encode(Image.fromarray(RGB), "WEBP", lossless=True),
+    "ICO": encode(Image.fromarray(RGB), "ICO", sizes=[(32, 32)]),
+}
+
+
+@pytest.mark.parametrize("content", FORMAT_FILES.values(), ids=FORMAT_FILES)
+def test_lossless_formats(tmp_path, content):
+    np.testing.assert_array_equal(read(tmp_path, content), RGB)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "MPO", "AVIF"])
+def test_lossy_formats(tmp_path, format):
+    ramp = np.linspace(0, 255, 32).astype(np.uint8)
+    smooth = np.stack(np.broadcast_arrays(ramp, ramp[:, None], np.uint8(90)), axis=-1)
+    options = {"save_all": True, "append_images": [Image.fromarray(RGB)]} if format == "MPO" else {}
+    pixels = read(tmp_path, encode(Image.fromarray(smooth), format, quality=95, **options))
+    # Smooth colours survive compression within a few levels; swapped ones differ by up to 165.
+    assert np.abs(pixels.astype(int) - smooth).max() <= 12
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_huge_deep_pictures_take_little_more_memory_than_their_pixels(tmp_path, dtype):
+    path = tmp_path / "huge.tif"
+    Image.fromarray(np.full((3000, 3000), 65535, dtype)).save(path)
+    tracemalloc.start()
+    try:
+        pixels = read_picture(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert pixels.min() == 255
+    # Pillow hands its pixels over in two copies; one of 8 bytes each would be another 72 MB.
+    assert peak < 9_000_000 * (2 * np.dtype(dtype).itemsize + 2)
+
+
 ORIENTATIONS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -250,6 +288,9 @@ BAD = {
     "one byte": (b"\x89", "not a picture"),
     "text": (b"airplane\n", "not a picture"),
     "svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a picture"),
+    "eps": (encode(Image.fromarray(RGB), "EPS"), "not a picture"),
+    "postscript": (b"%!PS-Adobe-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not a picture"),
+    "tga, which nothing marks as a picture": (encode(Image.fromarray(RGB), "TGA"), "not a picture"),
     "png signature alone": (PNG[:8], "not a picture"),
     "half a png": (PNG[: len(PNG) // 2], "cannot be decoded"),
     "png without its last bytes of pixels": (PNG[:-40], "cannot be decoded"),

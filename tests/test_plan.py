@@ -10,7 +10,7 @@ PERIODS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
 @hypothesis.given(st.integers(0, 200), st.integers(1, 200), st.integers(1, 50), PERIODS)
 def test_calls_cover_every_step_once_and_cross_no_period(start, total, steps_per_call, periods):
-    calls = plan_calls(start, total, steps_per_call=steps_per_call, periods=periods)
+    calls = list(plan_calls(start, total, steps_per_call=steps_per_call, periods=periods))
     covered = [step for first, steps in calls for step in range(first, first + steps)]
     assert covered == list(range(start, total))
     for first, steps in calls:
@@ -21,10 +21,10 @@ def test_calls_cover_every_step_once_and_cross_no_period(start, total, steps_per
 
 @hypothesis.given(st.integers(1, 200), st.integers(1, 50), PERIODS, st.data())
 def test_a_run_resumed_at_any_edge_makes_the_same_calls(total, steps_per_call, periods, data):
-    calls = plan_calls(0, total, steps_per_call=steps_per_call, periods=periods)
+    calls = list(plan_calls(0, total, steps_per_call=steps_per_call, periods=periods))
     number = data.draw(st.integers(0, len(calls) - 1))
     resumed = plan_calls(calls[number][0], total, steps_per_call=steps_per_call, periods=periods)
-    assert resumed == calls[number:]
+    assert list(resumed) == calls[number:]
 
 
 def test_what_is_due_at_the_ends():

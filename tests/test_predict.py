@@ -1,6 +1,7 @@
 """The prediction command and functions, on a stand-in for the trained model."""
 
 import json
+import os
 import subprocess
 import sys
 import types
@@ -138,6 +139,44 @@ def test_wrong_arguments_exit_with_2(arguments, capsys):
         predict.main(arguments)
     assert raised.value.code == 2
     assert "usage: python -m cifar_jax.predict" in capsys.readouterr().err
+
+
+COMMAND = """
+import sys, types
+import numpy as np
+class Even:
+    def probabilities(self, images):
+        return np.full((len(images), 10), 0.1, np.float32)
+module = types.ModuleType("cifar_jax.trained")
+module.load_trained = lambda *_: Even()
+sys.modules["cifar_jax.trained"] = module
+from cifar_jax import predict
+predict.main()
+"""
+
+
+@pytest.mark.parametrize("pictures_given", [1, 400])  # less and more than a pipe's buffer
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_reader_that_leaves_is_no_error(pictures, pictures_given, extra):
+    names = [str(pictures / "dark.png")] * pictures_given
+    command = [sys.executable, "-c", COMMAND, "--workdir=run", *extra, *names]
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with open(write_end, "wb") as nobody:
+        result = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
+    assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+@pytest.mark.parametrize("pictures_given", [1, 400])
+def test_full_disk_is_one_line(pictures, pictures_given):
+    names = [str(pictures / "dark.png")] * pictures_given
+    command = [sys.executable, "-c", COMMAND, "--workdir=run", *names]
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ") and "No space left" in line
 
 
 def test_help_imports_nothing_heavy():

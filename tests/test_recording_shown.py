@@ -47,9 +47,9 @@ def test_piped_lines_come_at_epoch_ends_and_leave_out_compilation(clock):
     progress.close()
     # 50 steps in 0.5 s, then 150 in 1 s: 4,800 images/s, and 100 steps left take 0.67 s.
     assert stream.getvalue().splitlines() == [
-        "epoch 1/3, step 100/300, loss 2.5000, accuracy 0.1250, 3,200 images/s, ETA 00:02",
+        "epoch 1/3 step 100/300 ETA 00:02 3.20k img/s loss 2.5000 acc 0.1250",
         "saved",
-        "epoch 2/3, step 200/300, loss 2.5000, accuracy 0.1250, 4,800 images/s, ETA 00:00",
+        "epoch 2/3 step 200/300 ETA 00:00 4.80k img/s loss 2.5000 acc 0.1250",
     ]
 
 
@@ -61,8 +61,8 @@ def test_piped_lines_of_a_slow_model_come_every_30_seconds(clock):
         report(progress, step, 10.0, steps=1)
     lines = stream.getvalue().splitlines()
     assert [re.search(r"step (\d+)", line)[1] for line in lines] == ["103", "106", "109"]
-    assert lines[-1].startswith("epoch 1/3,")
-    assert lines[-1].endswith("3.2 images/s, ETA 31:50")
+    assert lines[-1].startswith("epoch 1/3 ")
+    assert " ETA 31:50 3.20 img/s " in lines[-1]
     report(progress, 290, 10.0, steps=180)
     report(progress, 300, 1.0, steps=10)  # the last step, whatever the clock and within an epoch
     assert "step 300/300" in stream.getvalue()
@@ -77,10 +77,16 @@ def read_to_end(master):
     return b"".join(parts).decode()
 
 
-def test_terminal_shows_a_bar_that_messages_do_not_tear():
+def open_terminal(columns):
+    """Both ends of a terminal: where its output is read, where programs write."""
     master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    with open(slave, "w") as stream:
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    return master, open(slave, "w")
+
+
+def test_terminal_shows_a_bar_that_messages_do_not_tear():
+    master, stream = open_terminal(120)
+    with stream:
         progress = Progress(**{**RUN, "start_step": 100}, stream=stream)
         report(progress, 150, None)
         progress.message("checkpoint saved")
@@ -93,12 +99,36 @@ def test_terminal_shows_a_bar_that_messages_do_not_tear():
     assert max(len(part) for part in drawn) <= 120
     last = [part for part in drawn if part.strip()][-1]
     assert re.fullmatch(
-        r"epoch 3/3  83%\|.*\| 250/300, loss 2.5000, accuracy 0.1250, 3,200 images/s, ETA 00:00",
-        last,
+        r"epoch 3/3 \|.{50,}\| 250/300 ETA 00:00 3.20k img/s loss 2.5000 acc 0.1250", last
     )
-    assert any(part.startswith("epoch 1/3  33%|") for part in drawn)
-    assert not any("images/s" in part for part in drawn if " 150/300" in part)
+    filled, empty = re.search(r"\|(\S+)(\s*)\|", last).groups()
+    assert len(filled) / len(filled + empty) == pytest.approx(250 / 300, abs=0.02)
+    assert any(re.match(r"epoch 1/3 \|.*\| 100/300", part) for part in drawn)
+    assert not any("img/s" in part for part in drawn if " 150/300" in part)
     assert output.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    "batch_size, seconds, speed",
+    [
+        (32, 0.05, r"\d\d:\d\d 64.0k"),
+        (1, 100, r"5:52:30 1.00"),
+        (999, 1, r"\d\d:\d\d 99.9k"),
+    ],
+)
+def test_80_columns_show_everything(batch_size, seconds, speed):
+    """Five digits of steps, three of epochs: nothing is cut off."""
+    run = {"total_steps": 33_750, "steps_per_epoch": 337, "batch_size": batch_size}
+    master, stream = open_terminal(80)
+    with stream:
+        progress = Progress(**run, start_step=12_500, stream=stream)
+        report(progress, 12_600, seconds, steps=100)
+        progress.close()
+    drawn = [part for part in re.split(r"[\r\n]+", read_to_end(master)) if part.strip()]
+    assert max(len(part) for part in drawn) <= 80
+    assert re.fullmatch(
+        rf"epoch 38/101 \|.+\| 12600/33750 ETA {speed} img/s loss 2.5000 acc 0.1250", drawn[-1]
+    )
 
 
 # Figures

@@ -1,5 +1,7 @@
 """Tables of runs, and a run beside the notebook."""
 
+import json
+
 import pytest
 from PIL import Image
 
@@ -134,7 +136,27 @@ def test_run_without_metrics(tmp_path, capsys):
     "name, content, message",
     [
         ("absent", None, "run.json: not found"),
-        ("run.json", "{}", "run.json: has no config, data, parameters"),
+        (
+            "run.json",
+            "{}",
+            "run.json: has no valid config.model.name, data.source, data.is_sample, parameters;",
+        ),
+        *(
+            (
+                "run.json",
+                json.dumps(make_record() | {field: value}),
+                f"run.json: has no valid {bad}",
+            )
+            for field, value, bad in [
+                ("config", {}, "config.model.name"),
+                ("config", {"model": "mlp"}, "config.model.name"),
+                ("data", None, "data.source, data.is_sample"),
+                ("data", {"source": 1, "is_sample": True}, "data.source"),
+                ("parameters", "many", "parameters"),
+                ("result", {"test_accuracy": "0.4"}, "result.test_accuracy"),
+                ("result", {"train_seconds": []}, "result.train_seconds"),
+            ]
+        ),
         ("run.json", "{", "run.json: not valid JSON"),
         ("run.json", "3", "run.json: expected a JSON object"),
     ],
@@ -147,6 +169,36 @@ def test_bad_run_is_one_line(tmp_path, capsys, name, content, message):
     assert raised.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and message in line
+
+
+@pytest.mark.parametrize("result", [None, {}, 3])
+def test_run_without_a_result_is_unfinished(tmp_path, capsys, result):
+    record = make_record(result=False) | {"result": result}
+    report.main([write_run(tmp_path / "run", record)])
+    assert cells(capsys.readouterr().out.splitlines()[2])[6:8] == ["-", "unfinished"]
+
+
+@pytest.mark.parametrize("again", ["run", "run/", "run/../run"])
+def test_run_given_twice_is_one_line(tmp_path, capsys, again):
+    run = write_run(tmp_path / "run", make_record())
+    with pytest.raises(SystemExit) as raised:
+        report.main([run, f"{tmp_path}/{again}"])
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}/{again}: given twice; name each run once\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["runs.jpg", "runs", "png", ".png", "runs.pdf"])
+def test_figure_that_is_no_png_is_one_line(tmp_path, capsys, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    run = write_run(tmp_path / "run", make_record())
+    with pytest.raises(SystemExit) as raised:
+        report.main([run, f"--figure={name}"])
+    assert raised.value.code == 2
+    output = capsys.readouterr()
+    assert output.err == f"error: --figure={name}: expected a name that ends in .png\n"
+    assert output.out == "" and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_figure_that_cannot_be_written(tmp_path, capsys):

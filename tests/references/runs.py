@@ -36,15 +36,10 @@ class Run:
 @contextlib.contextmanager
 def float64() -> Iterator[None]:
     """JAX and Keras in double precision, and as they were afterwards."""
-    import keras  # imports TensorFlow: seconds
+    from tests.references.precision import keras_precision  # imports TensorFlow: seconds
 
-    before = keras.config.floatx()
-    keras.config.set_floatx("float64")
-    try:
-        with jax.enable_x64(True):
-            yield
-    finally:
-        keras.config.set_floatx(before)
+    with keras_precision("float64"), jax.enable_x64(True):
+        yield
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, dict, dict]:
