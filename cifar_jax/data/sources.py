@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax.data.content import CIFAR10, Arrays, Edition, check_content
-from cifar_jax.data.fetch import fetch, reachable
+from cifar_jax.data.fetch import check_complete, fetch, reachable
 from cifar_jax.data.formats import BINARY_ARCHIVE, BINARY_FOLDER, read_binary, read_python
 from cifar_jax.data.png_formats import read_kaggle, read_npm, read_sample, read_tfds
 from cifar_jax.errors import UserError
@@ -108,6 +108,7 @@ def load(source: str = "auto", directory: str | os.PathLike = DEFAULT_DIRECTORY)
         raise UserError(f"data.directory: {directory} is a file, expected a folder")
     if source == "tfds":
         return _load_tfds(directory)
+    check_complete(directory)
     return load_form(directory) or load_form(fetch(directory))
 
 
