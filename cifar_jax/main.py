@@ -83,6 +83,7 @@ def show_help(values: flags.FlagValues) -> NoReturn:
         print("\nFields of this configuration:")
         for key, value in flatten(values.config):
             print(f"--config.{key}={value}")
+    sys.stdout.flush()  # a reader that has left is noticed here
     sys.exit(0)
 
 

@@ -1,0 +1,172 @@
+"""Side-by-side timings: each contender in a process of its own, all taking turns.
+
+A machine that others use drifts by tens of per cent within minutes. So every round times one unit
+of work of each contender, one after another and never two at once, and only ratios within a round
+are compared.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Report = dict[str, Any]  # of one turn: "seconds", "peak_mb", and what the contender adds
+Turns = Iterator[Report]
+Contender = Callable[[Turns], None]  # sets up and warms up, then does one unit of work a turn
+BOOTSTRAPS = 10_000
+
+
+def run(
+    contenders: Mapping[str, Contender], *, rounds: int, say: Callable[[str], None] = print
+) -> dict[str, list[Report]]:
+    """Lets contenders take turns, after one round that does not count.
+
+    Args:
+      contenders: by name, functions that another process can import. A contender takes the next
+        item of its argument to end one unit of work and wait for the next turn, and may put what
+        it wants reported into the item.
+      rounds: how many count.
+      say: is told of each round.
+
+    Returns:
+      By name, the reports of each round.
+    """
+    with contextlib.ExitStack() as stack:
+        workers = {}
+        for name, contender in contenders.items():
+            say(f"setting up {name}")
+            workers[name] = stack.enter_context(_worker(contender))
+        reports = {name: [] for name in workers}
+        for number in range(rounds + 1):
+            for name, connection in workers.items():
+                connection.send(True)
+                reports[name].append(connection.recv())
+            seconds = ", ".join(
+                f"{name} {taken[-1]['seconds']:.3f}" for name, taken in reports.items()
+            )
+            say(f"round {number or '0 (not counted)'}: {seconds}")
+    return {name: taken[1:] for name, taken in reports.items()}
+
+
+@contextlib.contextmanager
+def _worker(contender: Contender) -> Iterator[Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(contender, theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that a dead worker is an EOFError here
+    try:
+        ours.recv()
+        yield ours
+    finally:
+        ours.close()
+        process.join(30)
+        process.kill()
+
+
+def _serve(contender: Contender, connection: Connection) -> None:
+    with contextlib.suppress(EOFError):  # the end of the benchmark
+        contender(_turns(connection))
+
+
+def _turns(connection: Connection) -> Turns:
+    report: Report = {}
+    while True:
+        connection.send(report)
+        connection.recv()
+        report = {}
+        start = time.perf_counter()
+        yield report
+        report["seconds"] = time.perf_counter() - start
+        report["peak_mb"] = peak_mb()
+
+
+def peak_mb() -> float:
+    """Returns the most memory this process has had resident, in MB (Linux)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+def fastest(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 2) -> dict[str, float]:
+    """Returns the best seconds of each candidate, the fastest first; one untimed call before."""
+    best = {}
+    for name, work in candidates.items():
+        work()
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        best[name] = min(times)
+    return dict(sorted(best.items(), key=lambda item: item[1]))
+
+
+def summarize(reports: Mapping[str, Sequence[Report]], *, base: str) -> dict[str, dict[str, Any]]:
+    """Returns, by name, median, range, and the ratio to `base`, paired by round.
+
+    The ratio is the median over the rounds; its interval is the central 95 % of that median over
+    resampled rounds (percentile bootstrap).
+    """
+    seconds = {name: np.array([r["seconds"] for r in taken]) for name, taken in reports.items()}
+    rounds = len(seconds[base])
+    samples = np.random.default_rng(0).integers(0, rounds, (BOOTSTRAPS, rounds))
+    summary = {}
+    for name, times in seconds.items():
+        ratios = times / seconds[base]
+        low, high = np.percentile(np.median(ratios[samples], axis=1), [2.5, 97.5])
+        summary[name] = {
+            "median": float(np.median(times)),
+            "min": float(times.min()),
+            "max": float(times.max()),
+            "ratio": float(np.median(ratios)),
+            "ratio_low": float(low),
+            "ratio_high": float(high),
+            "peak_mb": max(report["peak_mb"] for report in reports[name]),
+        }
+    return summary
+
+
+def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
+    """Returns date, processor, load and versions, as plain values."""
+    from cifar_jax.recording.run_record import describe_environment
+
+    environment = describe_environment()
+    return {
+        "date": environment["started"][:10],
+        **{key: environment[key] for key in ("platform", "cpu", "cpu_count")},
+        "load_average": os.getloadavg(),
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def format_machine(machine: Mapping[str, Any]) -> str:
+    """Returns `describe_machine`'s answer as a sentence."""
+    facts = dict(machine)
+    date, cpu, cores = (facts.pop(key) for key in ("date", "cpu", "cpu_count"))
+    load = ", ".join(f"{x:.1f}" for x in facts.pop("load_average"))
+    del facts["platform"]
+    versions = ", ".join(f"{name} {version}" for name, version in facts.items())
+    return f"{date}, {cpu}, {cores} cores, load average {load}; {versions}."
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def write_results(path: Path, results: dict[str, Any], *, text: str) -> None:
+    """Writes `path`.json and, for people, `path`.md."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
