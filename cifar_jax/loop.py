@@ -169,7 +169,7 @@ class Loop:
         self._pending = call
 
     def settle(self) -> None:
-        """Fetches the metrics of the pending call and adds them up."""
+        """Fetches the metrics of the pending call, adds them up, and writes a row if one is due."""
         call, self._pending = self._pending, None
         if call is None:
             return
@@ -182,9 +182,11 @@ class Loop:
         totals = Totals()
         for sums in (totals, self.history.since_evaluation, self.history.since_log):
             sums.add(metrics)
-        self.recorder.update(
-            call.start + call.steps, **totals.means(), seconds=seconds, steps=call.steps
-        )
+        step = call.start + call.steps
+        self.recorder.update(step, **totals.means(), seconds=seconds, steps=call.steps)
+        if is_due(step, self.plan.log_every, self.plan.total):
+            self.write_row(step, "train", self.history.since_log.means())
+            self.history.since_log = Totals()
 
     def check_finite(self, start: int, losses: np.ndarray) -> None:
         """Stops the run at the first loss that is NaN or Inf.
@@ -204,17 +206,13 @@ class Loop:
             )
 
     def finish_edge(self) -> None:
-        """Does what is due after the last call: a row, an evaluation, a save."""
+        """Does what is due after the last call: an evaluation, a save."""
         plan, step, accuracy = self.plan, self.step, None
-        log_due = is_due(step, plan.log_every, plan.total)
         evaluation_due = is_due(step, plan.evaluate_every, plan.total)
         evaluation_due = evaluation_due and step > self.history.evaluated_step
         checkpoint_due = is_due(step, plan.checkpoint_every, plan.total) and step > self.saved_step
-        if log_due or evaluation_due or checkpoint_due:
+        if evaluation_due or checkpoint_due:
             self.settle()
-        if log_due and self.history.since_log.count:
-            self.write_row("train", self.history.since_log.means())
-            self.history.since_log = Totals()
         if evaluation_due and self.stop.received is None:
             accuracy = self.evaluate_and_record()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
@@ -230,7 +228,9 @@ class Loop:
             return None
         history = self.history
         validation = totals.means("validation_")
-        self.write_row("evaluation", history.since_evaluation.means("train_") | validation)
+        self.write_row(
+            self.step, "evaluation", history.since_evaluation.means("train_") | validation
+        )
         history.since_evaluation = Totals()
         history.evaluated_step = self.step
         history.best_accuracy = max(history.best_accuracy, validation["validation_accuracy"])
@@ -256,14 +256,14 @@ class Loop:
         assert totals.count == len(split), (totals.count, len(split))
         return totals
 
-    def write_row(self, event: str, metrics: dict[str, float]) -> None:
-        """Adds a row of the present step to the log."""
+    def write_row(self, step: int, event: str, metrics: dict[str, float]) -> None:
+        """Adds a row to the log."""
         row = {
-            "step": self.step,
-            "epoch": self.step / self.plan.steps_per_epoch,
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
             "event": event,
             **metrics,
-            "learning_rate": float(self.schedule(self.step - 1)),  # of the last update
+            "learning_rate": float(self.schedule(step - 1)),  # of the last update
             "train_seconds": self.history.train_seconds,
         }
         self.recorder.write(row)

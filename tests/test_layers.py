@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cifar_jax.models.layers import BatchNorm, dropout, max_pool
+from cifar_jax.models.layers import BatchNorm, dropout, matmul, max_pool
 from tests.references import runs, weights
 
 EXACT = 1e-12  # float64 rounding, as a share of the largest value
@@ -257,3 +257,14 @@ def test_max_pool_gives_a_tie_to_the_first(size):
     np.testing.assert_allclose(gradient(max_pool), by_torch, atol=1e-6)
     np.testing.assert_allclose(gradient(max_pool), by_tensorflow, atol=1e-6)
     assert np.abs(gradient(splitting_max_pool) - by_torch).max() > 0.1
+
+
+def test_matmul_has_the_gradients_of_the_plain_product():
+    rng = np.random.default_rng(0)
+    x, kernel, d = (rng.normal(size=shape) for shape in ((5, 7), (7, 3), (5, 3)))
+    with jax.enable_x64(True):
+        product, back = jax.vjp(matmul, jnp.asarray(x), jnp.asarray(kernel))
+        to_x, to_kernel = back(jnp.asarray(d))
+    np.testing.assert_allclose(product, x @ kernel, rtol=1e-13)
+    np.testing.assert_allclose(to_x, d @ kernel.T, rtol=1e-13)
+    np.testing.assert_allclose(to_kernel, x.T @ d, rtol=1e-13)

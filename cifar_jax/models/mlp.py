@@ -1,10 +1,18 @@
 """The notebook's baseline: Flatten, Dense relu, Dense relu, Dense."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from cifar_jax.models.layers import matmul
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """What `nnx.Linear` asks of `jax.lax.dot_general`, by `matmul`."""
+    return matmul(x, kernel)
 
 
 class MLP(nnx.Module):
@@ -34,6 +42,7 @@ class MLP(nnx.Module):
                 kernel_init=nnx.initializers.glorot_uniform(),
                 dtype=dtype,
                 param_dtype=param_dtype,
+                dot_general=_dot_general,
                 rngs=rngs,
             )
             setattr(self, f"dense{i}", layer)
