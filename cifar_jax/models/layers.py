@@ -147,7 +147,7 @@ def max_pool(x: jax.Array) -> jax.Array:
     """Maximum over 3x3 windows, stride 2, one pixel of padding that never wins: [B, H, W, C].
 
     Equal to `nnx.max_pool` in value, NaN included. Its gradient goes to the first maximum of a
-    window, row by row, as in TensorFlow and PyTorch, and costs a third of `reduce_window`'s on a
+    window, row by row, as in TensorFlow and PyTorch, and costs less than `reduce_window`'s on a
     CPU. Columns first, then rows: the first of the row maxima lies in the first such row.
     """
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
