@@ -69,7 +69,8 @@ def train_batches(
     dataset = tf.data.Dataset.from_generator(lambda: calls, output_signature=(scalar, scalar)).map(
         gather
     )
-    return dataset.with_options(options).prefetch(2).as_numpy_iterator()
+    # One: the loop itself is a call ahead of the device, and a call's images may be many.
+    return dataset.with_options(options).prefetch(1).as_numpy_iterator()
 
 
 def eval_batches(

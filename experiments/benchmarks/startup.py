@@ -68,7 +68,7 @@ def seconds_of(*module_and_arguments: str) -> float:
 def resumed_first_step(finished: Path) -> float:
     """Returns the seconds from the command to the first new row of a copy of `finished`.
 
-    The row is written after the first call of 125 steps.
+    The row is written after the first call of 225 steps.
     """
     with tempfile.TemporaryDirectory() as parent:
         workdir = shutil.copytree(finished, Path(parent) / "run")
