@@ -1,10 +1,11 @@
 """The input pipeline: `tf.data` gathers training batches, evaluation slices its split in order.
 
-Batch k is a function of (seed, k) alone: a stateless permutation gives the image at any position of
-any epoch, so that a run starts at any step at no cost and hosts agree without speaking. Pixels
-leave the host as uint8.
+Batch k is a function of (seed, k) alone: every epoch has a permutation of its own, drawn from the
+seed and its number, so that a run starts at any step and hosts agree without speaking. Pixels leave
+the host as uint8.
 """
 
+import functools
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -42,35 +43,49 @@ def train_batches(
     import tensorflow as tf
 
     tf.config.set_visible_devices([], "GPU")
-    steps_per_epoch = len(split) // batch_size
-    share = batch_size // process_count
-    last = tf.constant(len(split) - 1, tf.int64)
-    columns = tf.range(process_index * share, (process_index + 1) * share, dtype=tf.int64)
     # Shared memory: `tf.constant` would copy 150 MB twice.
     images = tf.experimental.dlpack.from_dlpack(aligned(split.images).__dlpack__())
     labels = tf.constant(split.labels)
-    indices = tf.constant(split.indices, tf.int64)
+    share = batch_size // process_count
+    columns = slice(process_index * share, (process_index + 1) * share)
 
-    def gather(start, steps):
-        epoch, first = start // steps_per_epoch, start % steps_per_epoch
-        rows = (first + tf.range(steps)) * batch_size
-        positions = rows[:, None] + columns[None, :]
-        epoch_seed = tf.stack([tf.constant(seed, tf.uint32), tf.cast(epoch, tf.uint32)])
-        shuffled = tf.random.experimental.index_shuffle(
-            tf.reshape(positions, [-1]), epoch_seed, last
-        )
-        chosen = tf.reshape(tf.gather(indices, shuffled), tf.shape(positions))
-        return {"image": tf.gather(images, chosen), "label": tf.gather(labels, chosen)}
+    def rows():
+        for step, steps in calls:
+            yield call_rows(split, step, steps, batch_size=batch_size, seed=seed)[:, columns]
+
+    def gather(rows):
+        return {"image": tf.gather(images, rows), "label": tf.gather(labels, rows)}
 
     options = tf.data.Options()
     # Constant folding would copy the images into the graph.
     options.experimental_optimization.apply_default_optimizations = False
-    scalar = tf.TensorSpec((), tf.int64)
-    dataset = tf.data.Dataset.from_generator(lambda: calls, output_signature=(scalar, scalar)).map(
-        gather
-    )
+    signature = tf.TensorSpec((None, share), tf.int64)
+    dataset = tf.data.Dataset.from_generator(rows, output_signature=signature).map(gather)
     # One: the loop itself is a call ahead of the device, and a call's images may be many.
     return dataset.with_options(options).prefetch(1).as_numpy_iterator()
+
+
+def call_rows(split: Split, step: int, steps: int, *, batch_size: int, seed: int) -> np.ndarray:
+    """Returns the rows of `split.images` in the global batches of one call, [steps, batch_size].
+
+    Args:
+      split: the training images.
+      step: the first of the call, which does not cross an epoch.
+      steps: of the call.
+      batch_size: images of a global batch.
+      seed: 0 to 2**32 - 1.
+    """
+    steps_per_epoch = len(split) // batch_size
+    epoch, first = divmod(step, steps_per_epoch)
+    order = epoch_order(len(split), seed, epoch)
+    chosen = order[first * batch_size : (first + steps) * batch_size]
+    return split.indices[chosen].reshape(steps, batch_size)
+
+
+@functools.lru_cache(maxsize=1)
+def epoch_order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """Returns the epoch's permutation, int64 [count]; 0.5 ms for CIFAR-10."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(count)
 
 
 def eval_batches(
