@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,requirements-cpu.txt)
 WORKDIR ?= runs/mlp
+# ImageNet weights for `make transfer`: "torchvision" fetches the published file.
+WEIGHTS ?= $(or $(CIFAR_JAX_WEIGHTS),torchvision)
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train test test-slow lint clean
+.PHONY: help train transfer test test-slow lint clean
 
 help:
 	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
+	@echo "make transfer   fine-tune a pretrained ResNet-50 for about an hour (WEIGHTS=$(WEIGHTS))"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long ones"
 	@echo "make lint       ruff"
@@ -36,6 +39,10 @@ train: $(VENV)/installed
 	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR)-sample \
 	    --config.data.source=sample --config.steps_per_call=45; \
 	fi
+
+transfer: $(VENV)/installed
+	$(BIN)/python -m cifar_jax.main --config=configs/resnet50_laptop.py \
+	  --workdir=runs/resnet50_laptop --config.model.pretrained=$(WEIGHTS)
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST) --cov=cifar_jax --cov-report=term --cov-fail-under=90

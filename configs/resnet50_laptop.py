@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.train_for = "1 epoch"
     config.batch_size = 64
     config.eval_batch_size = 100
-    config.evaluate_every = "0.25 epochs"
+    config.evaluate_every = "0.5 epochs"
     config.log_every = "10 steps"
     config.checkpoint_every = "25 steps"
     config.model.name = "resnet50"
