@@ -1,0 +1,629 @@
+"""A head on cached features: the features are the backbone's, and the cache survives anything."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import filelock
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from cifar_jax import features, main, predict, probe
+from cifar_jax.backbone import Backbone
+from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
+from cifar_jax.config import flatten
+from cifar_jax.errors import RunError, UserError
+from cifar_jax.evaluate import evaluate
+from cifar_jax.feature_cache import FeatureCache
+from cifar_jax.initial import start_state
+from cifar_jax.labels import CLASS_NAMES
+from cifar_jax.loop import Loop
+from cifar_jax.models.mlp import MLP
+from cifar_jax.models.transfer import PREPROCESSINGS, TransferClassifier
+from cifar_jax.optim import OptimizerConfig, make_optimizer
+from cifar_jax.pretrained import ours
+from cifar_jax.pretrained.names import Structure, shapes
+from cifar_jax.recording.run_record import read_run_record
+from cifar_jax.state import create_state, to_arrays
+from cifar_jax.trained import load_trained
+from configs import common, mlp, resnet50_probe
+from tests.references import weights
+from tests.runs import ROOT, assert_same_run
+
+COUNT = 200  # of the sample's images: 144 train, 16 validate, 40 test
+BATCH = 16
+TOTAL = 18  # 2 epochs of 9 steps
+
+
+def write_weights(path, *, factor=1.0):
+    """A file of ours with a whole backbone of trained-like random weights."""
+    values = {
+        name: (weights.draw(name, shape) * (factor if name == "stem_conv.kernel" else 1)).astype(
+            np.float32
+        )
+        for name, shape in shapes(Structure("torchvision")).items()
+    }
+    header = ours.Header(
+        source="random", sha256="", md5="", naming="torchvision", variant="torchvision",
+        preprocessing="torchvision", license="none",
+    )  # fmt: skip
+    ours.write(path, values, header)
+
+
+@pytest.fixture(scope="module")
+def small_data(sample):
+    """The first images of the sample, wherever data are loaded."""
+    data = dataclasses.replace(
+        sample, train_images=sample.train_images[:COUNT], train_labels=sample.train_labels[:COUNT]
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("train", "data.sources"):
+            patch.setattr(f"cifar_jax.{module}.load", lambda *_: data)
+        yield data
+
+
+@pytest.fixture(scope="module")
+def module_config(tmp_path_factory):
+    place = tmp_path_factory.mktemp("data")
+    write_weights(place / "weights.safetensors")
+    config = resnet50_probe.get_config()
+    config.update_from_flattened_dict(
+        {
+            "data.source": "sample",
+            "data.directory": str(place),
+            "model.pretrained": str(place / "weights.safetensors"),
+            "model.upsampling": 1,
+            "train_for": "2 epochs",
+            "batch_size": BATCH,
+            "eval_batch_size": BATCH,
+            "steps_per_call": 3,
+            "log_every": "3 steps",
+        }
+    )
+    return config
+
+
+@pytest.fixture(scope="module")
+def reference(module_config, small_data, tmp_path_factory):
+    """An uninterrupted run with real features."""
+    workdir = tmp_path_factory.mktemp("reference")
+    probe.train_head(module_config, workdir)
+    return workdir
+
+
+@pytest.fixture
+def config(module_config, tmp_path):
+    """The configuration with a cache of its own, still empty."""
+    config = module_config.copy_and_resolve_references()
+    config.data.directory = str(tmp_path / "data")
+    return config
+
+
+@pytest.fixture
+def quick_backbone(monkeypatch):
+    """A stand-in for the network: some function of each image alone."""
+
+    def compute(images):
+        rows = images.reshape(len(images), 1, 1, -1)[..., :2048].astype(np.float32)
+        return np.sin(rows / 50)
+
+    monkeypatch.setattr(Backbone, "_program", staticmethod(compute))
+
+
+@pytest.fixture
+def no_backbone(monkeypatch):
+    monkeypatch.setattr(Backbone, "_program", lambda *_: pytest.fail("the backbone was used"))
+
+
+def cache_files(config, pattern="*.npy"):
+    return sorted(pathlib.Path(config.data.directory, "features").glob(f"*/{pattern}"))
+
+
+def cached(config):
+    (path,) = cache_files(config)
+    return np.load(path)
+
+
+def changed(config, **changes):
+    config = config.copy_and_resolve_references()
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+# --- The numbers ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def direct():
+    """A function: features of float images in 0..255 by a direct call of the model."""
+
+    def create():
+        return TransferClassifier(
+            "torchvision",
+            preprocessing="torchvision",
+            upsampling=1,
+            interpolation="bilinear",
+            head="pooled",
+            dropout=0.0,
+            batch_norm="frozen",
+            rngs=nnx.Rngs(0),
+        )
+
+    model = weights.random_model(create)
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def maps(state, images):
+        return nnx.merge(graph, state).backbone_maps(images, train=False).mean((1, 2))
+
+    def features(images, *, factor=1.0):
+        other = nnx.clone(model)
+        other.backbone.stem_conv.kernel[...] *= factor
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(maps(nnx.state(other), np.asarray(images, np.float32)))
+
+    return features
+
+
+def test_cached_features_are_those_of_a_direct_call(reference, module_config, small_data, direct):
+    """Both sum in float32, the one on one device, the other in shards of two images."""
+    found = cached(module_config)
+    assert found.shape == (COUNT, 1, 1, 2048) and found.dtype == np.float32
+    rows = slice(COUNT - 24, COUNT)  # the padded last batch is among them
+    found, images = found[rows, 0, 0], small_data.train_images[rows]
+    assert weights.error(found, direct(images)) < 1e-5
+    # Controls: other weights, another preprocessing, the next image.
+    assert weights.error(found, direct(images, factor=1.01)) > 1e-3
+    _, mean, deviation = PREPROCESSINGS["torchvision"]
+    unit = images / np.float32(255) * np.float32(deviation) + np.float32(mean)
+    assert weights.error(found, direct(unit)) > 0.1
+    assert weights.error(found, direct(np.roll(images, 1, axis=0))) > 0.1
+
+
+def test_the_whole_model_answers_as_its_head_does(reference, module_config, small_data):
+    """float32 again: the mean over pixels and the last layer in another order of sums."""
+    rows = slice(0, BATCH)
+    arrays, _ = read_checkpoint(reference / probe.HEAD_FOLDER, TOTAL)
+    kernel, bias = arrays["params.head.logits.kernel"], arrays["params.head.logits.bias"]
+    expected = cached(module_config)[rows, 0, 0] @ kernel + bias
+    trained = load_trained(reference)
+    assert trained.step == TOTAL
+    found = trained.logits(small_data.train_images[rows])
+    assert weights.error(found, expected) < 1e-5
+    assert weights.error(found, expected - bias) > 1e-4
+    assert not np.allclose(kernel, 0) and len(set(found.argmax(axis=1))) > 1
+
+
+def test_the_run_leaves_what_every_run_leaves(reference, module_config):
+    record = read_run_record(reference)
+    assert record["parameters"] == 2048 * 10 + 10
+    assert record["splits"]["sizes"] == {"train": 144, "validation": 16, "test": 40}
+    key = json.loads(cache_files(module_config, "about.json")[0].read_text())["key"]
+    assert record["features"] == key and key["cut"] == "pooled"
+    assert [read["step"] for read in record["test_reads"]] == [TOTAL]
+    assert (reference / "curves.png").exists() and (reference / "metrics.csv").exists()
+    assert find_step(reference, "latest") == TOTAL
+    assert find_step(reference, "best") == find_step(reference / probe.HEAD_FOLDER, "best")
+
+
+def test_evaluate_reads_images_and_agrees_with_the_run(reference):
+    before = read_run_record(reference)
+    found = evaluate(reference, split="test")
+    assert found["count"] == 40 and found["accuracy"] == before["result"]["test_accuracy"]
+    assert found["loss"] == pytest.approx(before["result"]["test_loss"], rel=1e-5)
+    assert len(read_run_record(reference)["test_reads"]) == len(before["test_reads"]) + 1
+
+
+KEYS = {
+    "nothing": ({}, True),
+    "the head's rate": ({"optimizer__learning_rate": 0.1}, True),
+    "the order of the images": ({"seed": 5}, True),
+    "batch": ({"eval_batch_size": 32}, True),
+    "preprocessing": ({"model__preprocessing": "unit"}, False),
+    "size": ({"model__upsampling": 2}, False),
+    "interpolation": ({"model__interpolation": "nearest"}, False),
+    "dtype": ({"model__compute_dtype": "bfloat16"}, False),
+    "precision": ({"matmul_precision": "default"}, False),
+    "head": ({"model__head": "flatten"}, False),
+}
+
+
+@pytest.mark.parametrize("case", KEYS)
+def test_a_key_is_shared_exactly_where_the_features_are(
+    case, config, small_data, quick_backbone, tmp_path
+):
+    changes, shared = KEYS[case]
+    other = changed(config, train_for="1 step", **changes)
+    probe.train_head(changed(config, train_for="1 step"), tmp_path / "a")
+    probe.train_head(other, tmp_path / "b")
+    assert len(cache_files(config)) == (1 if shared else 2)
+
+
+def test_weights_and_images_are_part_of_the_key(config, small_data, quick_backbone, tmp_path):
+    config.train_for = "1 step"
+    probe.train_head(config, tmp_path / "a")
+    shutil.copy(config.model.pretrained, tmp_path / "copy.safetensors")
+    probe.train_head(
+        changed(config, model__pretrained=str(tmp_path / "copy.safetensors")), tmp_path / "b"
+    )
+    assert len(cache_files(config)) == 1
+    write_weights(tmp_path / "other.safetensors", factor=1.01)
+    other = changed(config, model__pretrained=str(tmp_path / "other.safetensors"))
+    with pytest.raises(UserError, match="a head on other features: weights_sha256 was"):
+        probe.train_head(other, tmp_path / "a")
+    probe.train_head(other, tmp_path / "c")
+    assert len(cache_files(config)) == 2
+    with pytest.MonkeyPatch.context() as patch:
+        data = dataclasses.replace(small_data, sha256={"train": "other"})
+        patch.setattr("cifar_jax.train.load", lambda *_: data)
+        probe.train_head(config, tmp_path / "d")
+    assert len(cache_files(config)) == 3
+
+
+@pytest.mark.parametrize("protocol", ["notebook", "standard"])
+def test_the_test_set_is_read_where_the_protocol_reads_it(
+    protocol, config, small_data, quick_backbone, tmp_path
+):
+    config.data.protocol = protocol
+    result = probe.train_head(config, tmp_path / "run")
+    names = [path.name for path in cache_files(config)]
+    assert names == (["train.npy"] if protocol == "notebook" else ["test.npy", "train.npy"])
+    assert result.record["result"]["test_count"] == (40 if protocol == "notebook" else 500)
+
+
+# --- The cache -----------------------------------------------------------------------------------
+
+SHAPE = (50, 1, 1, 6)
+
+
+def rows_from(start, *, stop=SHAPE[0]):
+    """Blocks of at most 8 rows; each number tells its place."""
+    for first in range(start, stop, 8):
+        last = min(first + 8, stop)
+        yield np.arange(first * 6, last * 6, dtype=np.float32).reshape(-1, 1, 1, 6)
+
+
+EVERYTHING = np.arange(50 * 6, dtype=np.float32).reshape(SHAPE)
+
+
+def fill(cache, **options):
+    cache.fill("train", SHAPE, batch_size=8, compute=lambda start: rows_from(start, **options))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return FeatureCache(tmp_path, {"weights": "some"})
+
+
+@pytest.mark.parametrize("tail", [b"", b"\x01" * 7, b"\x02" * 24 * 3])
+def test_an_interrupted_set_goes_on_and_ends_with_the_same_bytes(tail, cache, tmp_path):
+    fill(cache)
+    whole = cache.path("train").read_bytes()
+    np.testing.assert_array_equal(cache.read("train", SHAPE), EVERYTHING, strict=True)
+    other = FeatureCache(tmp_path / "other", cache.key)
+    fill(other, stop=16)
+    assert other.read("train", SHAPE) is None
+    partial = other.folder / "train.partial"
+    partial.write_bytes(partial.read_bytes() + tail)  # of a block that was being written
+    starts = []
+
+    def rest(start):
+        starts.append(start)
+        return rows_from(start)
+
+    other.fill("train", SHAPE, batch_size=8, compute=rest)
+    assert starts == [16]
+    assert other.path("train").read_bytes() == whole and not partial.exists()
+
+
+def test_a_damaged_beginning_is_begun_again(cache):
+    fill(cache, stop=16)
+    (cache.folder / "train.partial").write_bytes(b"?" * 300)
+    fill(cache)
+    np.testing.assert_array_equal(cache.read("train", SHAPE), EVERYTHING)
+
+
+def test_killed_while_it_is_written(cache, tmp_path):
+    code = (
+        "import sys, time\nfrom tests.test_features import *\n"
+        "def slowly(start):\n"
+        "    for block in rows_from(start):\n        yield block\n        time.sleep(0.3)\n"
+        f"FeatureCache({str(tmp_path)!r}, {cache.key!r})"
+        ".fill('train', SHAPE, batch_size=8, compute=slowly)\n"
+    )
+    partial = cache.folder / "train.partial"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (partial.exists() and partial.stat().st_size > 128 + 8 * 24):
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            with pytest.raises(UserError, match="is in use by another run"):
+                fill(cache)
+        finally:
+            process.kill()
+    fill(cache)
+    np.testing.assert_array_equal(cache.read("train", SHAPE), EVERYTHING)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "a bit": flip,
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-5]),
+    "cut in its header": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "a text": lambda path: path.write_text("no features"),
+    "objects": lambda path: np.save(path, np.array([{}]), allow_pickle=True),
+    "another shape": lambda path: np.save(path, EVERYTHING[:-1]),
+    "another type": lambda path: np.save(path, EVERYTHING.astype(np.float64)),
+    "other numbers": lambda path: np.save(path, -EVERYTHING),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "without its digest": lambda path: (path.parent / "about.json").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_named_in_one_line(damage, cache):
+    fill(cache)
+    DAMAGES[damage](cache.path("train"))
+    with pytest.raises(UserError) as caught:
+        cache.read("train", SHAPE)
+    text = str(caught.value)
+    assert text.startswith(f"{cache.path('train')} is damaged (") and "\n" not in text
+    assert "delete it" in text and type(caught.value) is UserError
+
+
+def test_too_small_a_disk_is_said_before_anything_is_computed(cache, monkeypatch):
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(9e9, 8e9, 1e9))
+    wanted = {"train": (50_000, 8, 8, 2048), "test": (10_000, 8, 8, 2048)}
+    with pytest.raises(UserError, match=r"need 31\.46 GB, the disk has 1\.00 GB free"):
+        cache.check_space(wanted)
+    cache.check_space({"train": (50_000, 1, 1, 2048)})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 1000))
+    fill(cache, stop=24)  # 1,328 bytes in all, 704 of them written
+    cache.check_space({"train": SHAPE})
+
+
+def test_a_full_disk_is_one_line(cache):
+    def full(start):
+        yield from rows_from(start, stop=8)
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(RunError, match=r"train\.partial: cannot be written \(No space left"):
+        cache.fill("train", SHAPE, batch_size=8, compute=full)
+    fill(cache)
+    np.testing.assert_array_equal(cache.read("train", SHAPE), EVERYTHING)
+
+
+# --- The run -------------------------------------------------------------------------------------
+
+
+def test_a_second_run_does_not_touch_the_backbone(
+    reference, module_config, small_data, no_backbone, tmp_path
+):
+    (path,) = cache_files(module_config)
+    before = path.stat().st_mtime_ns
+    result = probe.train_head(module_config, tmp_path)
+    assert_same_run(tmp_path, reference)
+    assert result.stopped_by is None and path.stat().st_mtime_ns == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see command.py
+def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
+    config, small_data, quick_backbone, tmp_path
+):
+    workdir = tmp_path / "run"
+    first = probe.train_head(config, workdir)
+    (file,) = (workdir / FOLDER / str(TOTAL) / "extra").glob("metadata*")
+    before = {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")}
+    again = probe.train_head(config, workdir)
+    assert again.record["result"] == first.record["result"]
+    assert len(again.record["test_reads"]) == 1 and len(again.record["starts"]) == 2
+    assert {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")} == before
+    file.write_text("{")
+    probe.train_head(config, workdir)
+    assert load_trained(workdir).step == load_trained(workdir, "latest").step == TOTAL
+
+
+def test_stopped_while_features_are_computed(
+    config, small_data, quick_backbone, tmp_path, monkeypatch
+):
+    probe.train_head(config, tmp_path / "reference")
+    (path,) = cache_files(config)
+    whole = path.read_bytes()
+    other = changed(config, data__directory=str(tmp_path / "other"))
+    original, computed = Backbone.features, []
+
+    def interrupted(self, *args, **options):
+        for block in original(self, *args, **options):
+            computed.append(len(block))
+            if len(computed) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield block
+
+    monkeypatch.setattr(Backbone, "features", interrupted)
+    result = probe.train_head(other, tmp_path / "run")
+    assert (result.step, result.stopped_by) == (0, signal.SIGTERM)
+    assert cache_files(other) == [] and len(cache_files(other, "*.partial")) == 1
+    probe.train_head(other, tmp_path / "run")
+    assert sum(computed) == COUNT  # nothing was computed twice
+    assert cache_files(other)[0].read_bytes() == whole
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
+def test_stopped_while_the_head_is_trained(
+    config, small_data, quick_backbone, tmp_path, monkeypatch
+):
+    config.model.dropout = 0.3
+    probe.train_head(config, tmp_path / "reference")
+    dispatch = Loop.dispatch
+
+    def interrupted(self, *args):
+        dispatch(self, *args)
+        if self.step == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "dispatch", interrupted)
+        result = probe.train_head(config, tmp_path / "run")
+    assert (result.step, result.stopped_by) == (6, signal.SIGINT)
+    assert not (tmp_path / "run" / FOLDER).exists()
+    probe.train_head(config, tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+    heads = (tmp_path / name / probe.HEAD_FOLDER for name in ("run", "reference"))
+    ours, theirs = (read_checkpoint(head, TOTAL)[0] for head in heads)
+    assert any(name.startswith("opt_state") for name in ours)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_only_what_is_missing_is_drawn():
+    """Beside given values stand those that a whole creation draws, and a new optimizer's state."""
+    optimizer = make_optimizer(OptimizerConfig(**common.get_config().optimizer), lambda step: 1e-3)
+
+    def create():
+        return create_state(MLP(hidden_sizes=(5,), rngs=nnx.Rngs(3)), optimizer, seed=3)
+
+    drawn = to_arrays(create())
+    given = {"dense1.kernel": np.full((3072, 5), 0.5, np.float32)}
+    found = to_arrays(start_state(create, given))
+    assert found.keys() == drawn.keys()
+    for name, array in found.items():
+        expected = given.get(name.removeprefix("params."), drawn[name])
+        np.testing.assert_allclose(array, expected, rtol=1e-6, err_msg=name, strict=True)
+    np.testing.assert_array_equal(
+        to_arrays(start_state(create, None))["params.dense1.kernel"], drawn["params.dense1.kernel"]
+    )
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+CONFIG = f"--config={ROOT / 'configs' / 'resnet50_probe.py'}"
+
+
+def run_command(module, arguments, capsys, monkeypatch):
+    """Runs a command's main; returns exit code, standard output and standard error."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    for command in (features, main):
+        monkeypatch.setattr(command, "set_up_logging", lambda: None)  # global, for a command
+    capsys.readouterr()
+    try:
+        module.main()
+        code = 0
+    except SystemExit as stopped:
+        code = stopped.code
+    return code, *capsys.readouterr()
+
+
+def flags_of(config, workdir):
+    names = (
+        *("data.source", "data.directory", "model.pretrained", "model.upsampling", "train_for"),
+        *("batch_size", "eval_batch_size", "steps_per_call", "log_every"),
+    )
+    values = dict(flatten(config))
+    return [CONFIG, f"--workdir={workdir}", *(f"--config.{name}={values[name]}" for name in names)]
+
+
+def test_the_command_ends_with_a_table_and_predictions_work(
+    reference, module_config, small_data, no_backbone, tmp_path, capsys, monkeypatch
+):
+    arguments = flags_of(module_config, tmp_path / "run")
+    code, output, _ = run_command(features, arguments, capsys, monkeypatch)
+    assert code == 0
+    accuracy = read_run_record(reference)["result"]["test_accuracy"]
+    assert f"{accuracy:.4f}" in output and "SAMPLE" in output and "curves.png" in output
+    assert f"-m cifar_jax.predict --workdir={tmp_path / 'run'} PICTURE" in output
+    Image.fromarray(small_data.train_images[0]).save(tmp_path / "picture.png")
+    predict.main([str(tmp_path / "picture.png"), f"--workdir={tmp_path / 'run'}", "--json"])
+    answer = json.loads(capsys.readouterr().out)[0]
+    assert answer["label"] in CLASS_NAMES
+    arrays, _ = read_checkpoint(tmp_path / "run" / probe.HEAD_FOLDER, TOTAL)
+    logits = cached(module_config)[0, 0, 0] @ arrays["params.head.logits.kernel"]
+    logits += arrays["params.head.logits.bias"]
+    assert answer["label"] == CLASS_NAMES[logits.argmax()]
+
+
+def damage_the_cache(place, config):
+    """A cache of its own, since the reference's is shared."""
+    shutil.copytree(config.data.directory, place / "data")
+    for path in (place / "data").glob("features/*/train.npy"):
+        path.write_bytes(path.read_bytes()[:-100])
+
+
+BAD = {
+    "no weights": (["--config.model.pretrained=none"], "config.model.pretrained is"),
+    "the MLP": (["--config.model.name=mlp"], "config.model.name is"),
+    "missing weights": (["--config.model.pretrained=no.pth"], "no.pth"),
+    "another variant": (["--config.model.variant=keras"], "config.model.variant=torchvision"),
+    "unknown head": (["--config.model.head=none"], "config.model.head"),
+    "damaged features": (["--config.data.directory=data"], "train.npy is damaged"),
+    "too large a batch": (["--config.batch_size=800"], "config.batch_size is 800"),
+    "batch that devices cannot share": (["--config.eval_batch_size=20"], "8 devices"),
+    "a workdir of main": (["--workdir=run"], "of cifar_jax.main"),
+    "a workdir of others' checkpoints": (["--workdir=odd"], "another run's checkpoints"),
+    "a data folder that is a file": (["--config.data.directory=text.txt"], "text.txt"),
+    "no flags": (None, "--config is missing; for example --config=configs/resnet50_probe.py"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(
+    case, reference, module_config, small_data, tmp_path, capsys, monkeypatch, no_backbone
+):
+    arguments, said = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("no folder")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text('{"features": null, "starts": []}')
+    (tmp_path / "odd" / FOLDER / "3").mkdir(parents=True)
+    if case == "damaged features":
+        damage_the_cache(tmp_path, module_config)
+    arguments = [] if arguments is None else [*flags_of(module_config, "new"), *arguments]
+    code, _, errors = run_command(features, arguments, capsys, monkeypatch)
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    told = ("pretrained tensors from", "note: ", "features go to")
+    rest = [x for x in errors.splitlines() if x not in lines and not any(t in x for t in told)]
+    assert code == 2
+    assert len(lines) == 1 and said in lines[0] and rest == [], errors
+
+
+def test_main_refuses_a_workdir_of_features(reference, small_data, tmp_path, capsys, monkeypatch):
+    before = (reference / "run.json").read_bytes()
+    arguments = [f"--config={ROOT / 'configs' / 'mlp.py'}", f"--workdir={reference}"]
+    arguments += ["--config.data.source=sample"]
+    code, _, errors = run_command(main, arguments, capsys, monkeypatch)
+    assert code == 2 and "holds a run of cifar_jax.features, of a head alone" in errors
+    assert (reference / "run.json").read_bytes() == before
+
+
+def test_a_cache_that_another_process_writes_is_left_alone(
+    config, small_data, quick_backbone, tmp_path
+):
+    probe.train_head(config, tmp_path / "a")
+    (path,) = cache_files(config)
+    path.unlink()
+    with filelock.FileLock(path.parent / ".lock"):
+        with pytest.raises(UserError, match="is in use by another run"):
+            probe.train_head(config, tmp_path / "b")
+
+
+def test_the_mlp_has_no_features(small_data, tmp_path):
+    with pytest.raises(UserError, match='config.model.name is "mlp"'):
+        probe.train_head(mlp.get_config(), tmp_path)
