@@ -69,7 +69,7 @@ def train_head(
         setup = dataclasses.replace(
             setup,
             pretrained=lambda: {name: x for name, x in values.items() if name.startswith("head.")},
-            features=_key(setup, backbone),
+            features=feature_key(plain, backbone, images_sha256=setup.data.sha256),
             checkpoints=HEAD_FOLDER,
         )
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
@@ -87,6 +87,18 @@ def train_head(
             return result
 
 
+def feature_key(
+    config: Mapping[str, Any], backbone: Backbone, *, images_sha256: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns all that features depend on, as JSON values."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **backbone.key(),
+        "matmul_precision": config["matmul_precision"],
+        "images_sha256": dict(images_sha256),
+    }
+
+
 def _check_model(config: Mapping[str, Any]) -> None:
     if config["name"] != "resnet50":
         raise UserError(
@@ -98,15 +110,6 @@ def _check_model(config: Mapping[str, Any]) -> None:
             'config.model.pretrained is "none"; features of random weights are of no use: set '
             '"keras", "torchvision" or the path of a file of weights'
         )
-
-
-def _key(setup: Setup, backbone: Backbone) -> dict[str, Any]:
-    return {
-        "format_version": FORMAT_VERSION,
-        **backbone.key(),
-        "matmul_precision": setup.config["matmul_precision"],
-        "images_sha256": setup.data.sha256,
-    }
 
 
 def _feature_splits(setup: Setup, backbone: Backbone, stop: StopSignal) -> dict[str, Split] | None:

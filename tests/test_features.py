@@ -11,7 +11,6 @@ import sys
 import time
 from collections import namedtuple
 
-import filelock
 import jax
 import numpy as np
 import pytest
@@ -21,7 +20,7 @@ from PIL import Image
 from cifar_jax import features, main, predict, probe
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
-from cifar_jax.config import flatten
+from cifar_jax.config import flatten, to_dict
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.feature_cache import FeatureCache
@@ -36,13 +35,13 @@ from cifar_jax.pretrained.names import Structure, shapes
 from cifar_jax.recording.run_record import read_run_record
 from cifar_jax.state import create_state, to_arrays
 from cifar_jax.trained import load_trained
-from configs import common, mlp, resnet50_probe
+from configs import common, resnet50_probe
 from tests.references import weights
 from tests.runs import ROOT, assert_same_run
 
-COUNT = 200  # of the sample's images: 144 train, 16 validate, 40 test
+COUNT = 104  # of the sample's images: 76 train, 8 validate, 20 test
 BATCH = 16
-TOTAL = 18  # 2 epochs of 9 steps
+TOTAL = 8  # 2 epochs of 4 steps
 
 
 def write_weights(path, *, factor=1.0):
@@ -86,8 +85,8 @@ def module_config(tmp_path_factory):
             "train_for": "2 epochs",
             "batch_size": BATCH,
             "eval_batch_size": BATCH,
-            "steps_per_call": 3,
-            "log_every": "3 steps",
+            "steps_per_call": 2,
+            "log_every": "2 steps",
         }
     )
     return config
@@ -101,23 +100,26 @@ def reference(module_config, small_data, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture
-def config(module_config, tmp_path):
-    """The configuration with a cache of its own, still empty."""
-    config = module_config.copy_and_resolve_references()
-    config.data.directory = str(tmp_path / "data")
-    return config
+def quick_program(images):
+    """A stand-in for the network: some function of each image alone."""
+    rows = images.reshape(len(images), 1, 1, -1)[..., :2048].astype(np.float32)
+    return np.sin(rows / 50)
+
+
+@pytest.fixture(scope="module")
+def quick(module_config, small_data, tmp_path_factory):
+    """An uninterrupted run with the stand-in's features: its configuration and workdir."""
+    place = tmp_path_factory.mktemp("quick")
+    config = changed(module_config, data__directory=str(place / "data"), model__dropout=0.3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "_program", staticmethod(quick_program))
+        probe.train_head(config, place / "run")
+    return config, place / "run"
 
 
 @pytest.fixture
 def quick_backbone(monkeypatch):
-    """A stand-in for the network: some function of each image alone."""
-
-    def compute(images):
-        rows = images.reshape(len(images), 1, 1, -1)[..., :2048].astype(np.float32)
-        return np.sin(rows / 50)
-
-    monkeypatch.setattr(Backbone, "_program", staticmethod(compute))
+    monkeypatch.setattr(Backbone, "_program", staticmethod(quick_program))
 
 
 @pytest.fixture
@@ -207,7 +209,7 @@ def test_the_whole_model_answers_as_its_head_does(reference, module_config, smal
 def test_the_run_leaves_what_every_run_leaves(reference, module_config):
     record = read_run_record(reference)
     assert record["parameters"] == 2048 * 10 + 10
-    assert record["splits"]["sizes"] == {"train": 144, "validation": 16, "test": 40}
+    assert record["splits"]["sizes"] == {"train": 76, "validation": 8, "test": 20}
     key = json.loads(cache_files(module_config, "about.json")[0].read_text())["key"]
     assert record["features"] == key and key["cut"] == "pooled"
     assert [read["step"] for read in record["test_reads"]] == [TOTAL]
@@ -219,7 +221,7 @@ def test_the_run_leaves_what_every_run_leaves(reference, module_config):
 def test_evaluate_reads_images_and_agrees_with_the_run(reference):
     before = read_run_record(reference)
     found = evaluate(reference, split="test")
-    assert found["count"] == 40 and found["accuracy"] == before["result"]["test_accuracy"]
+    assert found["count"] == 20 and found["accuracy"] == before["result"]["test_accuracy"]
     assert found["loss"] == pytest.approx(before["result"]["test_loss"], rel=1e-5)
     assert len(read_run_record(reference)["test_reads"]) == len(before["test_reads"]) + 1
 
@@ -229,56 +231,62 @@ KEYS = {
     "the head's rate": ({"optimizer__learning_rate": 0.1}, True),
     "the order of the images": ({"seed": 5}, True),
     "batch": ({"eval_batch_size": 32}, True),
+    "dropout": ({"model__dropout": 0.5}, True),
     "preprocessing": ({"model__preprocessing": "unit"}, False),
     "size": ({"model__upsampling": 2}, False),
     "interpolation": ({"model__interpolation": "nearest"}, False),
+    "variant": ({"model__variant": "keras"}, False),
     "dtype": ({"model__compute_dtype": "bfloat16"}, False),
     "precision": ({"matmul_precision": "default"}, False),
     "head": ({"model__head": "flatten"}, False),
 }
+VALUES = {"backbone.b": np.arange(3.0), "backbone.a": np.ones(2), "head.c": np.ones(1)}
+
+
+def folder(config, values=VALUES, images=None):
+    """Where features are kept."""
+    plain = to_dict(config)
+    backbone = Backbone(plain["model"], values)
+    images = images or {"train": "aa", "test": "bb"}
+    key = probe.feature_key(plain, backbone, images_sha256=images)
+    return FeatureCache(config.data.directory, key).folder
 
 
 @pytest.mark.parametrize("case", KEYS)
-def test_a_key_is_shared_exactly_where_the_features_are(
-    case, config, small_data, quick_backbone, tmp_path
-):
+def test_a_folder_is_shared_exactly_where_the_features_are(case, module_config):
     changes, shared = KEYS[case]
-    other = changed(config, train_for="1 step", **changes)
-    probe.train_head(changed(config, train_for="1 step"), tmp_path / "a")
-    probe.train_head(other, tmp_path / "b")
-    assert len(cache_files(config)) == (1 if shared else 2)
+    assert (folder(changed(module_config, **changes)) == folder(module_config)) is shared
 
 
-def test_weights_and_images_are_part_of_the_key(config, small_data, quick_backbone, tmp_path):
-    config.train_for = "1 step"
-    probe.train_head(config, tmp_path / "a")
+def test_weights_and_images_have_a_folder_of_their_own(module_config):
+    usual = folder(module_config)
+    assert folder(module_config, dict(reversed(VALUES.items()))) == usual
+    assert folder(module_config, VALUES | {"head.c": np.zeros(1)}) == usual  # not the backbone's
+    assert folder(module_config, VALUES | {"backbone.a": np.array([1, 1 + 1e-15])}) != usual
+    swapped = {"backbone.a": np.ones(2), "backbone.c": np.arange(3.0)}
+    assert folder(module_config, swapped) != usual
+    assert folder(module_config, images={"train": "aa", "test": "bc"}) != usual
+
+
+def test_other_weights_are_not_mixed_in(quick, tmp_path, quick_backbone):
+    """Another path may be given to the same numbers; other numbers are other features."""
+    config, workdir = quick
     shutil.copy(config.model.pretrained, tmp_path / "copy.safetensors")
-    probe.train_head(
-        changed(config, model__pretrained=str(tmp_path / "copy.safetensors")), tmp_path / "b"
-    )
-    assert len(cache_files(config)) == 1
+    probe.train_head(changed(config, model__pretrained=str(tmp_path / "copy.safetensors")), workdir)
     write_weights(tmp_path / "other.safetensors", factor=1.01)
     other = changed(config, model__pretrained=str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="a head on other features: weights_sha256 was"):
-        probe.train_head(other, tmp_path / "a")
-    probe.train_head(other, tmp_path / "c")
-    assert len(cache_files(config)) == 2
-    with pytest.MonkeyPatch.context() as patch:
-        data = dataclasses.replace(small_data, sha256={"train": "other"})
-        patch.setattr("cifar_jax.train.load", lambda *_: data)
-        probe.train_head(config, tmp_path / "d")
-    assert len(cache_files(config)) == 3
+        probe.train_head(other, workdir)
+    assert len(cache_files(config, "train.npy")) == 1
 
 
-@pytest.mark.parametrize("protocol", ["notebook", "standard"])
-def test_the_test_set_is_read_where_the_protocol_reads_it(
-    protocol, config, small_data, quick_backbone, tmp_path
-):
-    config.data.protocol = protocol
-    result = probe.train_head(config, tmp_path / "run")
-    names = [path.name for path in cache_files(config)]
-    assert names == (["train.npy"] if protocol == "notebook" else ["test.npy", "train.npy"])
-    assert result.record["result"]["test_count"] == (40 if protocol == "notebook" else 500)
+def test_the_official_test_set_is_read_where_the_protocol_reads_it(quick, quick_backbone, tmp_path):
+    config, _ = quick
+    assert [path.name for path in cache_files(config)] == ["train.npy"]
+    other = changed(config, data__protocol="standard", train_for="1 step")
+    result = probe.train_head(other, tmp_path / "run")
+    assert [path.name for path in cache_files(config)] == ["test.npy", "train.npy"]
+    assert result.record["result"]["test_count"] == 500
 
 
 # --- The cache -----------------------------------------------------------------------------------
@@ -427,28 +435,30 @@ def test_a_second_run_does_not_touch_the_backbone(
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see command.py
 def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
-    config, small_data, quick_backbone, tmp_path
+    quick, small_data, no_backbone, tmp_path
 ):
+    config, finished = quick
     workdir = tmp_path / "run"
-    first = probe.train_head(config, workdir)
-    (file,) = (workdir / FOLDER / str(TOTAL) / "extra").glob("metadata*")
+    shutil.copytree(finished, workdir)
+    first = read_run_record(workdir)
     before = {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")}
     again = probe.train_head(config, workdir)
-    assert again.record["result"] == first.record["result"]
-    assert len(again.record["test_reads"]) == 1 and len(again.record["starts"]) == 2
+    assert again.record["result"] == first["result"]
+    assert len(again.record["test_reads"]) == 1
+    assert len(again.record["starts"]) == len(first["starts"]) + 1
     assert {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")} == before
-    file.write_text("{")
+    for file in (workdir / FOLDER / str(TOTAL) / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-7])
     probe.train_head(config, workdir)
-    assert load_trained(workdir).step == load_trained(workdir, "latest").step == TOTAL
+    assert load_trained(workdir).step == TOTAL
+    assert load_trained(workdir, "best").step == find_step(finished, "best")
 
 
-def test_stopped_while_features_are_computed(
-    config, small_data, quick_backbone, tmp_path, monkeypatch
-):
-    probe.train_head(config, tmp_path / "reference")
-    (path,) = cache_files(config)
-    whole = path.read_bytes()
-    other = changed(config, data__directory=str(tmp_path / "other"))
+def test_stopped_anywhere_it_ends_the_same(quick, quick_backbone, tmp_path, monkeypatch):
+    """While features are computed, then while the head is trained (with dropout)."""
+    config, finished = quick
+    other = changed(config, data__directory=str(tmp_path / "data"))
+    workdir = tmp_path / "run"
     original, computed = Backbone.features, []
 
     def interrupted(self, *args, **options):
@@ -459,36 +469,29 @@ def test_stopped_while_features_are_computed(
             yield block
 
     monkeypatch.setattr(Backbone, "features", interrupted)
-    result = probe.train_head(other, tmp_path / "run")
+    result = probe.train_head(other, workdir)
     assert (result.step, result.stopped_by) == (0, signal.SIGTERM)
     assert cache_files(other) == [] and len(cache_files(other, "*.partial")) == 1
-    probe.train_head(other, tmp_path / "run")
-    assert sum(computed) == COUNT  # nothing was computed twice
-    assert cache_files(other)[0].read_bytes() == whole
-    assert_same_run(tmp_path / "run", tmp_path / "reference")
 
-
-def test_stopped_while_the_head_is_trained(
-    config, small_data, quick_backbone, tmp_path, monkeypatch
-):
-    config.model.dropout = 0.3
-    probe.train_head(config, tmp_path / "reference")
     dispatch = Loop.dispatch
 
-    def interrupted(self, *args):
+    def interrupted_dispatch(self, *args):
         dispatch(self, *args)
-        if self.step == 6:
-            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "dispatch", interrupted)
-        result = probe.train_head(config, tmp_path / "run")
-    assert (result.step, result.stopped_by) == (6, signal.SIGINT)
-    assert not (tmp_path / "run" / FOLDER).exists()
-    probe.train_head(config, tmp_path / "run")
-    assert_same_run(tmp_path / "run", tmp_path / "reference")
-    heads = (tmp_path / name / probe.HEAD_FOLDER for name in ("run", "reference"))
-    ours, theirs = (read_checkpoint(head, TOTAL)[0] for head in heads)
+        patch.setattr(Loop, "dispatch", interrupted_dispatch)
+        result = probe.train_head(other, workdir)
+    assert (result.step, result.stopped_by) == (2, signal.SIGINT)
+    assert sum(computed) == COUNT  # nothing was computed twice
+    assert cache_files(other)[0].read_bytes() == (cache_files(config, "train.npy")[0].read_bytes())
+    assert not (workdir / FOLDER).exists()
+
+    probe.train_head(other, workdir)
+    assert_same_run(workdir, finished)
+    ours, theirs = (
+        read_checkpoint(run / probe.HEAD_FOLDER, TOTAL)[0] for run in (workdir, finished)
+    )
     assert any(name.startswith("opt_state") for name in ours)
     assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
 
@@ -544,17 +547,15 @@ def flags_of(config, workdir):
 def test_the_command_ends_with_a_table_and_predictions_work(
     reference, module_config, small_data, no_backbone, tmp_path, capsys, monkeypatch
 ):
-    arguments = flags_of(module_config, tmp_path / "run")
-    code, output, _ = run_command(features, arguments, capsys, monkeypatch)
+    code, output, _ = run_command(features, flags_of(module_config, reference), capsys, monkeypatch)
     assert code == 0
     accuracy = read_run_record(reference)["result"]["test_accuracy"]
     assert f"{accuracy:.4f}" in output and "SAMPLE" in output and "curves.png" in output
-    assert f"-m cifar_jax.predict --workdir={tmp_path / 'run'} PICTURE" in output
+    assert f"-m cifar_jax.predict --workdir={reference} PICTURE" in output
     Image.fromarray(small_data.train_images[0]).save(tmp_path / "picture.png")
-    predict.main([str(tmp_path / "picture.png"), f"--workdir={tmp_path / 'run'}", "--json"])
+    predict.main([str(tmp_path / "picture.png"), f"--workdir={reference}", "--json"])
     answer = json.loads(capsys.readouterr().out)[0]
-    assert answer["label"] in CLASS_NAMES
-    arrays, _ = read_checkpoint(tmp_path / "run" / probe.HEAD_FOLDER, TOTAL)
+    arrays, _ = read_checkpoint(reference / probe.HEAD_FOLDER, TOTAL)
     logits = cached(module_config)[0, 0, 0] @ arrays["params.head.logits.kernel"]
     logits += arrays["params.head.logits.bias"]
     assert answer["label"] == CLASS_NAMES[logits.argmax()]
@@ -613,17 +614,53 @@ def test_main_refuses_a_workdir_of_features(reference, small_data, tmp_path, cap
     assert (reference / "run.json").read_bytes() == before
 
 
-def test_a_cache_that_another_process_writes_is_left_alone(
-    config, small_data, quick_backbone, tmp_path
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head": "flatten", "upsampling": 2, "interpolation": "nearest", "dropout": 0.5},
+        {"compute_dtype": "bfloat16"},
+    ],
+    ids=["flatten", "bfloat16"],
+)
+def test_other_heads_and_precisions_answer_as_the_whole_model(
+    changes, module_config, small_data, tmp_path
 ):
-    probe.train_head(config, tmp_path / "a")
-    (path,) = cache_files(config)
-    path.unlink()
-    with filelock.FileLock(path.parent / ".lock"):
-        with pytest.raises(UserError, match="is in use by another run"):
-            probe.train_head(config, tmp_path / "b")
+    config = changed(module_config, **{f"model__{key}": x for key, x in changes.items()})
+    config.data.directory = str(tmp_path / "data")
+    result = probe.train_head(config, tmp_path / "run")
+    side = changes.get("upsampling", 1)
+    assert cached(config).shape == (COUNT, side, side, 2048)
+    found = evaluate(tmp_path / "run", split="test")
+    loose = changes.get("compute_dtype") == "bfloat16"  # 8 bits; compiled twice, fused otherwise
+    assert found["loss"] == pytest.approx(
+        result.record["result"]["test_loss"], rel=1e-2 if loose else 1e-5
+    )
 
 
-def test_the_mlp_has_no_features(small_data, tmp_path):
-    with pytest.raises(UserError, match='config.model.name is "mlp"'):
-        probe.train_head(mlp.get_config(), tmp_path)
+@pytest.mark.slow
+def test_killed_while_features_are_computed(module_config, tmp_path):
+    """The real command on the whole sample, killed in the middle of its images."""
+
+    def start(directory, workdir):
+        config = changed(module_config, data__directory=str(directory), eval_batch_size=64)
+        command = [sys.executable, "-m", "cifar_jax.features", *flags_of(config, workdir)]
+        return subprocess.Popen(
+            command, cwd=ROOT, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "a", tmp_path / "run_a")
+    output = whole.communicate(timeout=600)[0]
+    assert whole.returncode == 0, output
+    killed = start(tmp_path / "b", tmp_path / "run_b")
+    while not any(x.stat().st_size > 4e6 for x in tmp_path.glob("b/features/*/train.partial")):
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.communicate()
+    again = start(tmp_path / "b", tmp_path / "run_b")
+    output = again.communicate(timeout=600)[0]
+    assert again.returncode == 0, output
+    (ours,), (theirs,) = (list(tmp_path.glob(f"{x}/features/*/train.npy")) for x in "ba")
+    assert ours.read_bytes() == theirs.read_bytes()
+    assert_same_run(tmp_path / "run_b", tmp_path / "run_a")
