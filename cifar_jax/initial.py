@@ -1,41 +1,37 @@
-"""The weights that a new run starts from: pretrained ones, or those the model was created with."""
+"""The state that a new run starts from: pretrained weights, and else what the model draws."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cifar_jax.errors import UserError
+import jax
+import numpy as np
+
 from cifar_jax.pretrained.fetch import resolve
 from cifar_jax.pretrained.load import load_pretrained
-from cifar_jax.state import MODEL_PARTS, TrainState, from_arrays, named_leaves
+from cifar_jax.state import MODEL_PARTS, TrainState, model_leaves
 
 
 def load_initial_weights(
-    state: TrainState, config: Mapping[str, Any], *, tell: Callable[[str], None]
-) -> TrainState:
-    """Puts the pretrained weights of `config.model.pretrained` into a new state.
+    expected: Mapping[str, Any], config: Mapping[str, Any], *, tell: Callable[[str], None]
+) -> dict[str, np.ndarray] | None:
+    """Reads the pretrained weights of `config.model.pretrained`.
 
     Args:
-      state: as created; its head keeps its initial values where the file has none.
+      expected: {name: anything with shape and dtype} of the model's parameters and statistics.
       config: `config.model`.
       tell: is told what was loaded, and of a preprocessing that is not the weights' own.
 
     Returns:
-      The state, with host arrays where weights were loaded; as it is for "none".
+      The numbers by name, without those of a head that the file lacks; None for "none".
 
     Raises:
       UserError: if the file is missing, damaged, of another variant, or does not fit the model.
     """
     if config["name"] != "resnet50" or config["pretrained"] == "none":
-        return state
+        return None
     path = resolve(config["pretrained"])
-    parts = {part: named_leaves(getattr(state, part)) for part in MODEL_PARTS}
-    loaded = load_pretrained({k: v for part in parts.values() for k, v in part.items()}, path)
+    loaded = load_pretrained(expected, path, variant=config["variant"])
     header = loaded.header
-    if header.variant != config["variant"]:
-        raise UserError(
-            f'config.model.variant is "{config["variant"]}", but {path} holds weights of the '
-            f'"{header.variant}" variant; set config.model.variant={header.variant}'
-        )
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""
     tell(f"{len(loaded.values)} pretrained tensors from {path}{fresh}")
     if config["preprocessing"] != header.preprocessing:
@@ -43,12 +39,28 @@ def load_initial_weights(
             f'note: config.model.preprocessing is "{config["preprocessing"]}"; these weights were '
             f'trained with "{header.preprocessing}"'
         )
-    filled = {
-        part: from_arrays(
-            getattr(state, part),
-            {name: loaded.values.get(name, leaf) for name, leaf in leaves.items()},
-            origin=str(path),
-        )
-        for part, leaves in parts.items()
-    }
-    return state.replace(**filled)
+    return loaded.values
+
+
+def start_state(
+    create: Callable[[], TrainState], pretrained: Mapping[str, np.ndarray] | None
+) -> TrainState:
+    """Returns the state before the first update.
+
+    Args:
+      create: draws a whole state.
+      pretrained: what takes the place of drawn parameters and statistics, by the model's names.
+    """
+    if pretrained is None:
+        return create()
+
+    # Compiled, because only what is used is drawn then: of a pretrained model the head.
+    @jax.jit
+    def fill(pretrained):
+        state = create()
+        drawn = {part: getattr(state, part) for part in MODEL_PARTS}
+        filled = [pretrained.get(name, leaf) for name, leaf in model_leaves(drawn).items()]
+        parts = jax.tree.unflatten(jax.tree.structure(drawn), filled)
+        return state.replace(**parts, opt_state=state.optimizer.init(parts["params"]))
+
+    return fill(dict(pretrained))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, one_line
 from cifar_jax.metrics import Metrics
 from cifar_jax.state import TrainState
 from cifar_jax.steps import eval_step, train_step
@@ -120,6 +120,15 @@ def _one_axis_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
 def create_execution(name: str) -> JitExecution | PmapExecution:
     """Returns the execution that `config.execution` names."""
     return {"jit": JitExecution, "pmap": PmapExecution}[name]()
+
+
+def check_devices() -> None:
+    """Raises `UserError` where JAX finds no device."""
+    try:
+        jax.devices()
+    # Whatever a driver or a plug-in raises.
+    except Exception as error:
+        raise UserError(f"JAX finds no device ({one_line(error)}); see JAX_PLATFORMS") from error
 
 
 def check_batch_size(batch_size: int, *, key: str) -> None:

@@ -38,17 +38,26 @@ def create_state(
       optimizer: an optax transformation.
       seed: of dropout, 0 to 2**32 - 1.
     """
-    graphdef, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
-    params = nnx.to_pure_dict(params)
+    graphdef, parts = split_model(model)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
-        params=params,
-        batch_stats=nnx.to_pure_dict(batch_stats),
-        opt_state=optimizer.init(params),
+        **parts,
+        opt_state=optimizer.init(parts["params"]),
         graphdef=graphdef,
         optimizer=optimizer,
     )
+
+
+def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """Returns a model's structure, and its arrays as {part: nested dictionary} of `MODEL_PARTS`."""
+    graphdef, *states = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graphdef, dict(zip(MODEL_PARTS, map(nnx.to_pure_dict, states), strict=True))
+
+
+def model_leaves(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a split model's leaves by the model's own names ("dense1.kernel"), in tree order."""
+    return {name.partition(".")[2]: leaf for name, leaf in named_leaves(parts).items()}
 
 
 def count_parameters(state: TrainState) -> int:

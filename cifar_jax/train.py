@@ -1,37 +1,45 @@
 """Training from a configuration to a result: build, restore, loop, test."""
 
-import contextlib
 import dataclasses
 import pathlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
-import filelock
 import jax
 import ml_collections
+import numpy as np
 import optax
+from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import UserError, one_line
-from cifar_jax.initial import load_initial_weights
+from cifar_jax.errors import UserError
+from cifar_jax.initial import load_initial_weights, start_state
+from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
-from cifar_jax.parallel import check_batch_size, create_execution
+from cifar_jax.parallel import check_batch_size, check_devices, create_execution
 from cifar_jax.recording.recorder import open_recorder
 from cifar_jax.recording.run_record import (
     count_test_read,
     describe_environment,
-    has_run_record,
+    past_starts,
     read_run_record,
     update_run_record,
 )
 from cifar_jax.signals import StopSignal
-from cifar_jax.state import TrainState, count_parameters, create_state, from_arrays
+from cifar_jax.state import (
+    MODEL_PARTS,
+    TrainState,
+    count_parameters,
+    create_state,
+    from_arrays,
+    model_leaves,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,31 +68,29 @@ def train_and_evaluate(
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir).expanduser().absolute()
-    _check_devices()
+    check_devices()
+    plain = configuration.to_dict(config)
     with jax.default_matmul_precision(config.matmul_precision):
-        setup = _set_up(configuration.to_dict(config))
-        with _locked(workdir), StopSignal() as stop:
-            return _train(setup, workdir, stop=stop, profile=profile)
+        setup = set_up(plain, lambda: create_model(plain["model"], seed=plain["seed"]))
+        with locked(workdir, setting="--workdir"), StopSignal() as stop:
+            return run(setup, workdir, stop=stop, profile=profile)
 
 
-def _check_devices() -> None:
-    try:
-        jax.devices()
-    # Whatever a driver or a plug-in raises.
-    except Exception as error:
-        raise UserError(f"JAX finds no device ({one_line(error)}); see JAX_PLATFORMS") from error
-
-
-@dataclasses.dataclass(frozen=True)
-class _Setup:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
     """What a run starts from, before its workdir is touched."""
 
     config: dict[str, Any]
     data: Dataset
     splits: dict[str, Split]
+    inputs: dict[str, Split]  # the splits' rows of what the model reads: images, or features
     plan: Plan
     schedule: optax.Schedule
-    state: TrainState
+    template: TrainState  # shapes and dtypes only: drawing a ResNet-50 takes seconds
+    create: Callable[[], TrainState]
+    pretrained: Callable[[], dict[str, np.ndarray] | None]  # by the model's names
+    features: dict[str, Any] | None = None  # what the features depend on, if they are the inputs
+    checkpoints: str = "."  # where in the workdir
 
     def identity(self) -> dict[str, Any]:
         """Returns what a checkpoint must share with the run that goes on from it."""
@@ -95,7 +101,16 @@ class _Setup:
         }
 
 
-def _set_up(config: dict[str, Any]) -> _Setup:
+def set_up(config: dict[str, Any], model: Callable[[], nnx.Module]) -> Setup:
+    """Finds the images and plans the run; nothing is written, and no weights are drawn or read.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      model: creates what is trained.
+
+    Raises:
+      UserError: without the images, or for numbers that do not fit them.
+    """
     data = load(config["data"]["source"], config["data"]["directory"])
     splits = make_splits(
         data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
@@ -109,33 +124,30 @@ def _set_up(config: dict[str, Any]) -> _Setup:
         final_fraction=config["schedule"]["final_fraction"],
     )
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), schedule)
-    model = create_model(config["model"], seed=config["seed"])
-    state = create_state(model, optimizer, seed=config["seed"])
-    return _Setup(config, data, splits, plan, schedule, state)
+
+    def create():
+        return create_state(model(), optimizer, seed=config["seed"])
+
+    template = jax.eval_shape(create)
+    expected = model_leaves({part: getattr(template, part) for part in MODEL_PARTS})
+    return Setup(
+        config=config,
+        data=data,
+        splits=splits,
+        inputs=splits,
+        plan=plan,
+        schedule=schedule,
+        template=template,
+        create=create,
+        pretrained=lambda: load_initial_weights(expected, config["model"], tell=tell),
+    )
 
 
-@contextlib.contextmanager
-def _locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Makes the workdir and keeps other runs out of it."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(workdir / ".lock").acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(
-            f"{workdir} is in use by another run; wait for it or use another --workdir"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            f"--workdir={workdir} cannot be written ({error.strerror}); use another --workdir"
-        ) from error
-    with lock:
-        yield
-
-
-def _train(setup: _Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool) -> Result:
+def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool) -> Result:
+    """Makes a run, or what is left of it, in a workdir that is locked for it."""
     plan = setup.plan
-    starts = read_run_record(workdir).get("starts", []) if has_run_record(workdir) else []
-    checkpointer = Checkpointer(workdir, keep=setup.config["keep_checkpoints"])
+    starts = past_starts(workdir, features=setup.features)
+    checkpointer = Checkpointer(workdir / setup.checkpoints, keep=setup.config["keep_checkpoints"])
     state, history = _restore(setup, checkpointer, workdir)
     with open_recorder(
         workdir,
@@ -153,7 +165,7 @@ def _train(setup: _Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: b
             history=history,
             plan=plan,
             schedule=setup.schedule,
-            splits=setup.splits,
+            splits=setup.inputs,
             execution=create_execution(setup.config["execution"]),
             checkpointer=checkpointer,
             checkpoint_extra=setup.identity(),
@@ -191,12 +203,12 @@ def _make_plan(config: dict[str, Any], *, train_count: int) -> Plan:
 
 
 def _restore(
-    setup: _Setup, checkpointer: Checkpointer, workdir: pathlib.Path
+    setup: Setup, checkpointer: Checkpointer, workdir: pathlib.Path
 ) -> tuple[TrainState, History]:
     """Starts from the workdir's latest whole checkpoint, or pretrained weights, or from scratch."""
-    restored = checkpointer.restore_latest(warn=_warn)
+    restored = checkpointer.restore_latest(lambda text: tell(f"warning: {text}"))
     if restored is None:
-        return load_initial_weights(setup.state, setup.config["model"], tell=_tell), History()
+        return start_state(setup.create, setup.pretrained()), History()
     step, arrays, saved = restored
     ours = setup.identity()
     configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
@@ -214,18 +226,19 @@ def _restore(
             f"{workdir} holds a run of {step} steps already"
         )
     checkpointer.move_aside_after(step)
-    state = from_arrays(setup.state, arrays, origin=f"checkpoint {step} of {workdir}")
+    state = from_arrays(setup.template, arrays, origin=f"checkpoint {step} of {workdir}")
     return state, History.from_json(saved["history"])
 
 
 def _record_start(
-    setup: _Setup, workdir: pathlib.Path, *, starts: list[dict[str, Any]], step: int
+    setup: Setup, workdir: pathlib.Path, *, starts: list[dict[str, Any]], step: int
 ) -> None:
     data, splits = setup.data, setup.splits
     update_run_record(
         workdir,
         config=setup.config,
-        parameters=count_parameters(setup.state),
+        parameters=count_parameters(setup.template),
+        features=setup.features,
         data={"source": data.source, "is_sample": data.is_sample, "sha256": data.sha256},
         splits={
             "protocol": setup.config["data"]["protocol"],
@@ -237,13 +250,14 @@ def _record_start(
     )
 
 
-def _title(setup: _Setup) -> str:
+def _title(setup: Setup) -> str:
     config, data = setup.config, setup.data
     sample = f"; SAMPLE of {len(data.train_images):,} images" if data.is_sample else ""
-    return f"{config['model']['name']} on CIFAR-10, {config['data']['protocol']} splits{sample}"
+    model = config["model"]["name"] + (", frozen backbone" if setup.features else "")
+    return f"{model} on CIFAR-10, {config['data']['protocol']} splits{sample}"
 
 
-def _describe_start(setup: _Setup, *, step: int) -> str:
+def _describe_start(setup: Setup, *, step: int) -> str:
     plan, splits = setup.plan, setup.splits
     sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
     left_out = len(splits["train"]) - plan.steps_per_epoch * plan.batch_size
@@ -274,9 +288,6 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
     return update_run_record(workdir, result=result)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Prints a line for people."""
     print(text, file=sys.stderr)
-
-
-def _warn(text: str) -> None:
-    _tell(f"warning: {text}")

@@ -11,7 +11,7 @@ from flax import nnx
 
 from cifar_jax.checkpoint import find_step, read_checkpoint
 from cifar_jax.models.registry import create_model
-from cifar_jax.state import MODEL_PARTS, from_arrays
+from cifar_jax.state import MODEL_PARTS, from_arrays, split_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +52,7 @@ def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trai
     arrays, extra = read_checkpoint(workdir, step)
     model_config = extra["config"]["model"]
     abstract = nnx.eval_shape(lambda: create_model(model_config, seed=0))
-    graphdef, params, batch_stats = nnx.split(abstract, nnx.Param, nnx.BatchStat)
-    template = dict(zip(MODEL_PARTS, map(nnx.to_pure_dict, (params, batch_stats)), strict=True))
+    graphdef, template = split_model(abstract)
     wanted = {name: x for name, x in arrays.items() if name.split(".")[0] in MODEL_PARTS}
     tree = from_arrays(template, wanted, origin=f"checkpoint {step} of {workdir}")
     model = nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS))

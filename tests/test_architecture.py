@@ -10,9 +10,10 @@ PACKAGE = ROOT / "cifar_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down: a module imports only from its own line or from lines below it.
 LAYERS = [
-    ["main"],
+    ["main", "features"],
+    ["command", "probe"],
     ["train", "evaluate", "predict", "report", "fetch_data", "write_tfds", "port_weights"],
-    ["loop", "trained", "initial"],
+    ["loop", "trained", "initial", "backbone", "feature_cache"],
     ["parallel"],
     ["steps"],
     ["checkpoint", "state", "recording", "signals", "plan"],
@@ -20,7 +21,7 @@ LAYERS = [
     ["models"],
     ["optim", "losses", "metrics"],
     ["data"],
-    ["config", "picture", "labels", "download"],
+    ["config", "picture", "labels", "download", "lock"],
     ["errors"],
     ["__init__"],
 ]

@@ -12,6 +12,7 @@ from PIL import Image
 
 from cifar_jax import main
 from cifar_jax.checkpoint import FOLDER, Checkpointer, read_checkpoint
+from cifar_jax.command import python_command
 from cifar_jax.config import RULES
 from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.predict import predict_image, predict_images
@@ -229,7 +230,8 @@ def run_command(module, arguments, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [module, *arguments])
     # ml_collections gives every configuration file the same module name.
     monkeypatch.delitem(sys.modules, "config_config", raising=False)
-    monkeypatch.setattr("cifar_jax.main.set_up_logging", lambda: None)  # global, for a command
+    for command in ("main", "features"):  # global, for a command
+        monkeypatch.setattr(f"cifar_jax.{command}.set_up_logging", lambda: None)
     capsys.readouterr()
     try:
         importlib.import_module(f"cifar_jax.{module}").main()
@@ -319,4 +321,4 @@ def test_a_whole_command_ends_with_the_table_and_the_next_line(tmp_path, capsys,
     main.main()
     output = capsys.readouterr().out
     assert "notebook        0.3748      0.3550" in output and "SAMPLE" in output
-    assert f"next: {main.python_command()} -m cifar_jax.predict --workdir={tmp_path}" in output
+    assert f"next: {python_command()} -m cifar_jax.predict --workdir={tmp_path}" in output

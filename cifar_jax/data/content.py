@@ -1,6 +1,7 @@
 """What CIFAR-10 is, whatever form it came in: its size, its arrays and their content hash."""
 
 import hashlib
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -49,25 +50,29 @@ CIFAR10 = Edition(
 
 
 def empty_images(count: int) -> np.ndarray:
-    """An uninitialised uint8 [count, 32, 32, 3] array that begins at a 64-byte boundary.
+    """An uninitialised uint8 [count, 32, 32, 3] array that begins at a 64-byte boundary."""
+    return _empty_aligned((count, *IMAGE_SHAPE), np.dtype(np.uint8))
+
+
+def aligned(array: np.ndarray) -> np.ndarray:
+    """The array itself where it begins at a 64-byte boundary, else a copy that does.
 
     TensorFlow can use such an array where it lies (handed over through DLPack) instead of copying
     184 MB. NumPy aligns to 16 bytes only: there TensorFlow aborts the process in the first
     operation that checks the address.
     """
-    size = count * int(np.prod(IMAGE_SHAPE))
+    if array.flags.c_contiguous and array.ctypes.data % _ALIGNMENT == 0:
+        return array
+    copy = _empty_aligned(array.shape, array.dtype)
+    copy[...] = array
+    return copy
+
+
+def _empty_aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
     buffer = np.empty(size + _ALIGNMENT, np.uint8)
     start = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[start : start + size].reshape(count, *IMAGE_SHAPE)
-
-
-def aligned(images: np.ndarray) -> np.ndarray:
-    """The images themselves where they begin at a 64-byte boundary, else a copy that does."""
-    if images.flags.c_contiguous and images.ctypes.data % _ALIGNMENT == 0:
-        return images
-    copy = empty_images(len(images))
-    copy[...] = images
-    return copy
+    return buffer[start : start + size].view(dtype).reshape(shape)
 
 
 def empty_arrays(train: int, test: int) -> Arrays:

@@ -37,7 +37,8 @@ def train_batches(
       process_count: hosts; they share a global batch in equal, consecutive parts.
 
     Yields:
-      "image" uint8 [steps, batch_size / hosts, 32, 32, 3] and "label" int32 [steps, same].
+      "image" [steps, batch_size / hosts, ...], uint8 pixels or float32 features, and
+      "label" int32 [steps, same].
     """
     # TensorFlow takes seconds to import, and nothing but training pays for it.
     import tensorflow as tf
@@ -103,7 +104,7 @@ def eval_batches(
       process_count: hosts; they share a global batch in equal, consecutive parts.
 
     Yields:
-      "image" uint8 [batch_size / hosts, 32, 32, 3], "label" int32 and "mask" bool, [same].
+      "image" [batch_size / hosts, ...] as the split has it, "label" int32 and "mask" bool, [same].
     """
     share = batch_size // process_count
     for start in range(0, len(split), batch_size):

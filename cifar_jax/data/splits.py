@@ -13,10 +13,10 @@ NAMES = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A view of some of the images: nothing is copied."""
+    """A view of some of the images, or of features of theirs: nothing is copied."""
 
     name: str  # one of NAMES
-    images: np.ndarray  # uint8 [N, 32, 32, 3], of the whole source
+    images: np.ndarray  # uint8 [N, 32, 32, 3] of the whole source; or float32 [N, h, w, C]
     labels: np.ndarray  # int32 [N]
     indices: np.ndarray  # int64 [n], rows of the source in this split's order
 

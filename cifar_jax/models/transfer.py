@@ -211,6 +211,24 @@ class TransferClassifier(nnx.Module):
         return self.backbone(x, train=train, axis_name=axis_name, repeats=repeats)
 
 
+class HeadClassifier(nnx.Module):
+    """A head alone, which classifies the maps that a backbone has given."""
+
+    def __init__(self, head: FlattenHead | PooledHead):
+        self.head = head
+
+    def __call__(
+        self,
+        maps: jax.Array,
+        *,
+        train: bool,
+        keys: jax.Array | None = None,
+        axis_name: str | None = None,
+    ) -> jax.Array:
+        """Logits of maps [B, h, w, 2048], or of their means [B, 1, 1, 2048] for a pooled head."""
+        return self.head(maps, train=train, keys=keys, axis_name=axis_name)
+
+
 def _check(name: str, value: object, known: Collection) -> None:
     if value not in known:
         raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, known))}")

@@ -26,7 +26,9 @@ class Loaded:
     fresh: tuple[str, ...]  # of the model: a new head, which keeps its initial values
 
 
-def load_pretrained(expected: Mapping[str, Any], path: str | os.PathLike) -> Loaded:
+def load_pretrained(
+    expected: Mapping[str, Any], path: str | os.PathLike, *, variant: str | None = None
+) -> Loaded:
     """Reads weights for a model.
 
     A transfer model takes a whole file of its kind, or a ResNet-50 as its backbone (its head then
@@ -37,11 +39,17 @@ def load_pretrained(expected: Mapping[str, Any], path: str | os.PathLike) -> Loa
         expected: {name: anything with shape and dtype} of every parameter and statistic, such as
             "stage1.block2.conv1.kernel" or "backbone.stage1.block2.conv1.kernel".
         path: a file of ours, or any that `port_weights` reads.
+        variant: that of the model; None leaves it to the names.
 
     Raises:
         UserError: with every difference.
     """
     weights = port.read(path)
+    if variant not in (None, weights.header.variant):
+        raise UserError(
+            f'config.model.variant is "{variant}", but {path} holds weights of the '
+            f'"{weights.header.variant}" variant; set config.model.variant={weights.header.variant}'
+        )
     values = _as_named_in(expected, weights.values)
     of_model, of_file = ({_part(name) for name in names} for names in (expected, values))
     unused = {name for name in values if _part(name) in _OPTIONAL - of_model}

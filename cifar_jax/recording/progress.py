@@ -9,6 +9,61 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 30.0
 
 
+class Counter:
+    """Shows how many images are done, how fast, and the time left, where there are no steps yet."""
+
+    def __init__(self, label: str, *, total: int, start: int, stream: TextIO | None = None):
+        """Starts at `start`.
+
+        Args:
+            label: what is done.
+            total: all images.
+            start: those that were done before.
+            stream: where to write; standard error where not given.
+        """
+        self._label, self._total, self._done = label, total, start
+        self._stream = stream or sys.stderr
+        self._printed_time = time.monotonic()
+        self._first: tuple[int, float] | None = None  # the first update comes after a compilation
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                desc=label,
+                total=total,
+                initial=start,
+                unit=" images",
+                file=self._stream,
+                dynamic_ncols=True,
+            )
+
+    def update(self, count: int) -> None:
+        """Reports `count` more images."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+            return
+        now = time.monotonic()
+        self._first = self._first or (self._done, now)
+        if now - self._printed_time >= SECONDS_BETWEEN_LINES or self._done == self._total:
+            self._printed_time = now
+            line = f"{self._label}: {self._done:,}/{self._total:,} images{self._speed(now)}"
+            print(line, file=self._stream, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar's line."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _speed(self, now: float) -> str:
+        done, since = self._first
+        if done == self._done:
+            return ""
+        speed = (self._done - done) / (now - since)
+        return (
+            f", {speed:.1f} img/s, ETA {tqdm.format_interval((self._total - self._done) / speed)}"
+        )
+
+
 class Progress:
     """Shows epoch, step, speed, loss, accuracy and the time left. For one process (host 0) only."""
 

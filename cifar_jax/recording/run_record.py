@@ -16,6 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 import cifar_jax
+from cifar_jax.config import flatten
 from cifar_jax.errors import UserError
 from cifar_jax.recording.files import write_atomically, writing
 
@@ -99,6 +100,35 @@ def read_run_record(workdir: str | os.PathLike) -> dict:
     if not isinstance(record, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
     return record
+
+
+def past_starts(workdir: str | os.PathLike, *, features: dict | None) -> list[dict]:
+    """Gives the starts that a workdir's record tells of, none where it has no record.
+
+    Args:
+        workdir: the run's folder.
+        features: what the cached features depend on that this run reads; None: it reads images.
+
+    Raises:
+        UserError: the record is corrupt, or of a run on something else.
+    """
+    record = read_run_record(workdir) if has_run_record(workdir) else {"features": features}
+    ours, theirs = features, record.get("features")
+    if (ours is None) != (theirs is None):
+        made_by = "cifar_jax.features, of a head alone" if theirs else "cifar_jax.main"
+        raise UserError(f"{workdir} holds a run of {made_by}; use another --workdir")
+    ours, theirs = dict(flatten(ours or {})), dict(flatten(theirs or {}))
+    differing = [
+        f"{name} was {theirs.get(name)} and is {ours.get(name)}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} holds a head on other features: {'; '.join(differing)}; "
+            "use another --workdir"
+        )
+    return record.get("starts", [])
 
 
 def update_run_record(workdir: str | os.PathLike, **fields) -> dict:

@@ -1,0 +1,90 @@
+"""A frozen, pretrained backbone: what a head reads of each image."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cifar_jax.checkpoint import digest
+from cifar_jax.models.registry import create_model
+from cifar_jax.parallel import JitExecution
+from cifar_jax.pretrained.names import FEATURES
+from cifar_jax.state import MODEL_PARTS, model_leaves, split_model
+
+PREFIX = "backbone."
+# By head: where the network is cut. A pooled head takes the mean first: so it is the mean that is
+# kept, as maps of one pixel, whose mean is itself.
+CUTS = {"pooled": "pooled", "flatten": "stage4"}
+_IN_MODEL_CONFIG = ("variant", "preprocessing", "upsampling", "interpolation", "compute_dtype")
+
+
+class Backbone:
+    """The backbone of a transfer model, in evaluation mode."""
+
+    def __init__(self, config: Mapping[str, Any], values: Mapping[str, np.ndarray]):
+        """Takes the weights; nothing is computed.
+
+        Args:
+            config: `config.model` of a transfer model.
+            values: its parameters and statistics by name; those of the backbone are taken.
+        """
+        self.values = {name: x for name, x in values.items() if name.startswith(PREFIX)}
+        self._config = config
+        self._cut = CUTS[config["head"]]
+
+    def key(self) -> dict[str, Any]:
+        """Returns what the features depend on, the images and the precision aside."""
+        fields = {name: self._config[name] for name in _IN_MODEL_CONFIG}
+        # Of the numbers, not of a file: two files with the same numbers give the same features.
+        return {"cut": self._cut, "weights_sha256": digest(self.values, {}), **fields}
+
+    def shape(self, images: np.ndarray) -> tuple[int, ...]:
+        """Returns the shape [N, h, w, C] of the features of images [N, 32, 32, 3]."""
+        side = 1 if self._cut == "pooled" else self._config["upsampling"]
+        return (len(images), side, side, FEATURES)
+
+    def features(self, images: np.ndarray, start: int, *, batch_size: int) -> Iterator[np.ndarray]:
+        """Yields the features of the images from `start` on, float32 [at most batch_size, h, w, C].
+
+        Args:
+            images: uint8 [N, 32, 32, 3].
+            start: the first one to compute.
+            batch_size: of the compiled program, on all devices; the last batch is padded.
+        """
+        pending, count = None, 0
+        for first in range(start, len(images), batch_size):
+            rows = np.minimum(np.arange(first, first + batch_size), len(images) - 1)
+            computed = self._program(images[rows])
+            # A batch behind, so that the device has the next one while this one is written.
+            if pending is not None:
+                yield np.asarray(pending)
+            pending, count = computed, min(batch_size, len(images) - first)
+        if pending is not None:
+            yield np.asarray(pending)[:count]
+
+    @functools.cached_property
+    def _program(self) -> Callable[[np.ndarray], jax.Array]:
+        def create():
+            model = create_model(self._config, seed=0)
+            model.head = None
+            return model
+
+        graphdef, template = split_model(nnx.eval_shape(create))
+        leaves = [self.values[name] for name in model_leaves(template)]
+        execution = JitExecution()
+        parts = jax.tree.unflatten(jax.tree.structure(template), leaves)
+        parts = jax.device_put(parts, execution.replicated)
+
+        # The weights are an argument: closed over, they would be compiled into the program.
+        @jax.jit
+        def compute(parts, images):
+            model = nnx.merge(graphdef, *(parts[part] for part in MODEL_PARTS))
+            maps = model.backbone_maps(images, train=False)
+            features = maps.mean((1, 2), keepdims=True) if self._cut == "pooled" else maps
+            return features.astype(jnp.float32)
+
+        return lambda images: compute(parts, jax.device_put(images, execution.batch_sharding))

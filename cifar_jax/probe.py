@@ -1,0 +1,191 @@
+"""A head on the features of a frozen backbone: computed once, trained on like images."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from flax import nnx
+
+from cifar_jax import config as configuration
+from cifar_jax.backbone import Backbone
+from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
+from cifar_jax.checkpoint import Checkpointer, find_step, read_checkpoint
+from cifar_jax.data.splits import Split
+from cifar_jax.errors import UserError
+from cifar_jax.feature_cache import FeatureCache
+from cifar_jax.initial import load_initial_weights
+from cifar_jax.lock import locked
+from cifar_jax.models.registry import create_model
+from cifar_jax.models.transfer import HeadClassifier
+from cifar_jax.parallel import check_devices
+from cifar_jax.recording.progress import Counter
+from cifar_jax.recording.run_record import past_starts
+from cifar_jax.signals import StopSignal
+from cifar_jax.state import model_leaves, named_leaves, split_model
+from cifar_jax.train import Result, Setup, run, set_up, tell
+
+HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
+FORMAT_VERSION = 1  # of the features: another one makes them anew
+
+
+def train_head(
+    config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, profile: bool = False
+) -> Result:
+    """Trains, or goes on training, the head of `config.model` on its backbone's features.
+
+    Features that are not in `config.data.directory` are computed first. At the end the whole model
+    stands in `workdir/checkpoints`, like that of any other run.
+
+    Args:
+      config: as `configs/common.py` gives it; `model.pretrained` names the backbone's weights.
+      workdir: takes checkpoints, metrics, figure and record; a run found there is resumed.
+      profile: writes a trace of a few calls to `workdir/profile`.
+
+    Raises:
+      UserError: for a wrong configuration, missing data or weights, damaged features, too small a
+        disk, a workdir in use or of another run.
+      RunError: when the loss is not finite or a file cannot be written.
+    """
+    configuration.check(config)
+    plain = configuration.to_dict(config)
+    _check_model(plain["model"])
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    check_devices()
+
+    def whole_model():
+        return create_model(plain["model"], seed=plain["seed"])
+
+    with jax.default_matmul_precision(config.matmul_precision):
+        # The head starts as the one in the whole model of this seed does.
+        setup = set_up(plain, lambda: HeadClassifier(whole_model().head))
+        _, template = split_model(nnx.eval_shape(whole_model))
+        values = load_initial_weights(model_leaves(template), plain["model"], tell=tell)
+        backbone = Backbone(plain["model"], values)
+        setup = dataclasses.replace(
+            setup,
+            pretrained=lambda: {name: x for name, x in values.items() if name.startswith("head.")},
+            features=feature_key(plain, backbone, images_sha256=setup.data.sha256),
+            checkpoints=HEAD_FOLDER,
+        )
+        with locked(workdir, setting="--workdir"), StopSignal() as stop:
+            # Before features are computed, which may take hours.
+            past_starts(workdir, features=setup.features)
+            if (workdir / CHECKPOINTS).exists() and not (workdir / HEAD_FOLDER).exists():
+                raise UserError(f"{workdir} holds another run's checkpoints; use another --workdir")
+            inputs = _feature_splits(setup, backbone, stop)
+            if inputs is None:
+                return Result(step=0, stopped_by=stop.received, record={}, rows=[])
+            setup = dataclasses.replace(setup, inputs=inputs)
+            result = run(setup, workdir, stop=stop, profile=profile)
+            if result.stopped_by is None:
+                _write_whole_model(workdir, backbone.values, template)
+            return result
+
+
+def feature_key(
+    config: Mapping[str, Any], backbone: Backbone, *, images_sha256: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns all that features depend on, as JSON values."""
+    return {
+        "format_version": FORMAT_VERSION,
+        **backbone.key(),
+        "matmul_precision": config["matmul_precision"],
+        "images_sha256": dict(images_sha256),
+    }
+
+
+def _check_model(config: Mapping[str, Any]) -> None:
+    if config["name"] != "resnet50":
+        raise UserError(
+            f'config.model.name is "{config["name"]}"; features come from a backbone: '
+            'expected "resnet50"'
+        )
+    if config["pretrained"] == "none":
+        raise UserError(
+            'config.model.pretrained is "none"; features of random weights are of no use: set '
+            '"keras", "torchvision" or the path of a file of weights'
+        )
+
+
+def _feature_splits(setup: Setup, backbone: Backbone, stop: StopSignal) -> dict[str, Split] | None:
+    """Gives the splits with features for images; None if a signal cut their computation short."""
+    data, splits = setup.data, setup.splits
+    images = {"train": data.train_images}
+    if splits["test"].images is data.test_images:
+        images["test"] = data.test_images
+    cache = FeatureCache(setup.config["data"]["directory"], setup.features)
+    shapes = {name: backbone.shape(pixels) for name, pixels in images.items()}
+    found = {name: cache.read(name, shape) for name, shape in shapes.items()}
+    missing = [name for name in images if found[name] is None]
+    if missing:
+        cache.check_space(shapes)
+        tell(f"features go to {cache.folder}")
+    batch_size = setup.config["eval_batch_size"]
+    for name in missing:
+
+        def compute(start: int, name: str = name) -> Iterator[np.ndarray]:
+            blocks = backbone.features(images[name], start, batch_size=batch_size)
+            return _until_stopped(name, blocks, total=len(images[name]), start=start, stop=stop)
+
+        cache.fill(name, shapes[name], batch_size=batch_size, compute=compute)
+        found[name] = cache.read(name, shapes[name])
+        if found[name] is None:
+            return None
+    set_of = {"test": "test"} if "test" in images else {}
+    return {
+        name: dataclasses.replace(split, images=found[set_of.get(name, "train")])
+        for name, split in splits.items()
+    }
+
+
+def _until_stopped(
+    name: str, blocks: Iterator[np.ndarray], *, total: int, start: int, stop: StopSignal
+) -> Iterator[np.ndarray]:
+    """Passes blocks of features on and shows their number, until a signal comes."""
+    counter = Counter(f"features of the {name} set", total=total, start=start)
+    try:
+        for block in blocks:
+            yield block
+            counter.update(len(block))
+            if stop.received is not None:
+                return
+    finally:
+        counter.close()
+
+
+def _write_whole_model(
+    workdir: pathlib.Path, backbone: Mapping[str, np.ndarray], template: Mapping[str, Any]
+) -> None:
+    """Puts the latest and the best head behind the backbone, as checkpoints of the whole model."""
+    steps = sorted({find_step(workdir / HEAD_FOLDER, which) for which in ("best", "latest")})
+    if all(_is_whole(workdir, step) for step in steps):
+        return
+    # All of it, because steps can only be added in order; the heads are kept.
+    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
+    checkpointer = Checkpointer(workdir, keep=len(steps))
+    for step in steps:
+        head, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
+        arrays = {
+            name: backbone[name.partition(".")[2]] if name not in head else head[name]
+            for name in named_leaves(template)
+        }
+        best = step == steps[0]  # the latest one is not better, or it would be the best
+        accuracy = extra["history"]["best_accuracy"] if best else None
+        checkpointer.save(step, arrays, extra, accuracy=accuracy)
+    checkpointer.wait()
+    checkpointer.close()
+
+
+def _is_whole(workdir: pathlib.Path, step: int) -> bool:
+    if not (workdir / CHECKPOINTS / str(step)).is_dir():
+        return False
+    try:
+        read_checkpoint(workdir, step)
+    except UserError:
+        return False
+    return True
