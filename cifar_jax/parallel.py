@@ -103,7 +103,8 @@ class PmapExecution:
 
     def to_host_tree(self, state: Any) -> Any:
         """Returns the first replica: a checkpoint holds no device axis."""
-        return jax.tree.map(lambda x: x[0], state)
+        # Its own shard: `x[0]` of the whole would put a copy of the result on every device.
+        return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
 
     def _split(self, array: np.ndarray, axis: int) -> np.ndarray:
         """Cuts the batch axis [..., B, ...] into [..., devices, B / devices, ...]."""

@@ -128,6 +128,14 @@ def test_keys_that_ignore_the_device_are_seen(new_state, stack, single, monkeypa
     assert largest_difference(to_arrays(execution.to_host_tree(state)), single[0]) > 1e-4
 
 
+def test_one_replica_for_the_host_takes_one_device_s_memory(new_state):
+    """Indexing the state of all devices would put the result on each of them."""
+    execution = PmapExecution()
+    state = execution.place(new_state())
+    devices = [leaf.sharding.device_set for leaf in jax.tree.leaves(execution.to_host_tree(state))]
+    assert {len(found) for found in devices} == {1}
+
+
 def test_a_step_is_the_same_alone_and_in_a_scan(new_state, stack, single):
     state, step = new_state(), jax.jit(train_step)
     for k in range(STEPS):
