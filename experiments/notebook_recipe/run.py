@@ -89,19 +89,23 @@ def train_keras(weights: Path, path: Path) -> None:
     import keras
 
     from cifar_jax.data.pipeline import train_batches
-    from cifar_jax.data.sources import load
-    from cifar_jax.data.splits import make_splits
+    from cifar_jax.initial import start_state
+    from cifar_jax.models.registry import create_model
+    from cifar_jax.state import MODEL_PARTS, model_leaves
+    from cifar_jax.train import set_up
     from tests.references import keras_transfer
     from tests.references.weights import to_keras
 
     config = recipe(weights)
-    split = make_splits(load(), protocol=config["data"]["protocol"], seed=42)["train"]
-    calls = [(0, STEPS)]
-    batches = next(train_batches(split, calls, batch_size=BATCH_SIZE, seed=config["seed"]))
+    setup = set_up(config, lambda: create_model(config["model"], seed=config["seed"]))
+    state = start_state(setup.create, setup.pretrained())
+    initial = model_leaves({part: getattr(state, part) for part in MODEL_PARTS})
+    train, calls = setup.splits["train"], [(0, STEPS)]
+    batches = next(train_batches(train, calls, batch_size=BATCH_SIZE, seed=config["seed"]))
     images = batches["image"].reshape(-1, 32, 32, 3).astype(np.float32)
 
     model = keras_transfer.create(upsampling=8, preprocessing="unit")
-    to_keras(initial_values(config), model)
+    to_keras(initial, model)
     model.compile(
         optimizer=keras.optimizers.RMSprop(LEARNING_RATE),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -141,24 +145,6 @@ def recipe(weights: Path) -> dict[str, Any]:
         LEARNING_RATE,
     )
     return config
-
-
-def initial_values(config: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns every parameter and statistic that our command starts from, by our names."""
-    import optax
-
-    from cifar_jax.initial import load_initial_weights
-    from cifar_jax.models.registry import create_model
-    from cifar_jax.state import MODEL_PARTS, create_state, named_leaves
-
-    model = create_model(config["model"], seed=config["seed"])
-    state = create_state(model, optax.identity(), seed=config["seed"])
-    state = load_initial_weights(state, config["model"], tell=print)
-    return {
-        name: np.asarray(leaf)
-        for part in MODEL_PARTS
-        for name, leaf in named_leaves(getattr(state, part)).items()
-    }
 
 
 def format_results(results: dict[str, Any]) -> str:
