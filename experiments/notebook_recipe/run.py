@@ -114,7 +114,7 @@ def train_keras(weights: Path, path: Path) -> None:
     rows = []
 
     class EveryStep(keras.callbacks.Callback):
-        def on_train_batch_begin(self, *_):
+        def on_train_batch_begin(self, batch, logs=None):
             self.model.reset_metrics()  # `fit` would give the mean since the epoch began
 
         def on_train_batch_end(self, batch, logs=None):
