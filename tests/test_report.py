@@ -154,6 +154,8 @@ def test_run_without_metrics(tmp_path, capsys):
                 ("data", {"source": 1, "is_sample": True}, "data.source"),
                 ("parameters", "many", "parameters"),
                 ("result", {"test_accuracy": "0.4"}, "result.test_accuracy"),
+                ("result", 3, "result"),
+                ("starts", 3, "starts"),
                 ("result", {"train_seconds": []}, "result.train_seconds"),
             ]
         ),
@@ -171,7 +173,7 @@ def test_bad_run_is_one_line(tmp_path, capsys, name, content, message):
     assert line.startswith("error: ") and message in line
 
 
-@pytest.mark.parametrize("result", [None, {}, 3])
+@pytest.mark.parametrize("result", [None, {}])
 def test_run_without_a_result_is_unfinished(tmp_path, capsys, result):
     record = make_record(result=False) | {"result": result}
     report.main([write_run(tmp_path / "run", record)])
