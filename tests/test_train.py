@@ -329,6 +329,14 @@ def test_profile_writes_a_trace(module_config, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_profile_of_too_few_calls_is_told(module_config, tmp_path, capsys):
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "15 steps"
+    train_and_evaluate(config, tmp_path, profile=True)
+    assert "--profile: no trace" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
 def test_a_second_signal_leaves_at_once():
     code = (
         "import time\nfrom cifar_jax.signals import StopSignal\n"
