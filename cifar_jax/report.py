@@ -114,7 +114,7 @@ def _cells(values: dict[str, float], *, missing: str) -> list[str]:
 
 def _names(workdirs: Sequence[str]) -> list[str]:
     """The folders' names, or the paths as they were given where two have the same name."""
-    folders = [Path(workdir).resolve() for workdir in workdirs]
+    folders = [Path(workdir).expanduser().resolve() for workdir in workdirs]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise UserError(f"{workdirs[number]}: given twice; name each run once")
@@ -123,11 +123,12 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 
 def _read_run(workdir: str) -> tuple[dict, list[dict]]:
+    workdir = Path(workdir).expanduser()
     record = read_run_record(workdir)
     bad = [name for name, kind in FIELDS.items() if not isinstance(field(record, name), kind)]
     if bad:
         raise UserError(
-            f"{Path(workdir) / RECORD_NAME}: has no valid {', '.join(bad)}; "
+            f"{workdir / RECORD_NAME}: has no valid {', '.join(bad)}; "
             "did the run end before its first step?"
         )
     return record, read_rows(workdir)
@@ -150,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(markdown_table(runs))
         if options.figure:
-            draw_comparison({name: rows for name, (_, rows) in runs.items()}, options.figure)
+            figure = Path(options.figure).expanduser()
+            draw_comparison({name: rows for name, (_, rows) in runs.items()}, figure)
 
 
 if __name__ == "__main__":

@@ -120,6 +120,14 @@ def test_command_prints_a_markdown_table_and_draws_a_figure(tmp_path, capsys):
         assert figure.format == "PNG"
 
 
+def test_a_tilde_is_the_home(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "run", make_record())
+    report.main(["~/run", "--figure=~/runs.png"])
+    assert cells(capsys.readouterr().out.splitlines()[2])[0] == "run"
+    assert (tmp_path / "runs.png").exists()
+
+
 def test_runs_of_the_same_name_are_told_by_path(tmp_path, capsys):
     paths = [write_run(tmp_path / seed / "run", make_record()) for seed in ("0", "1")]
     report.main(paths)
