@@ -197,7 +197,9 @@ def _guard(workdir: pathlib.Path, action: Callable[[], Any]) -> Any:
         return action()
     # Failures of the background write come wrapped in whatever orbax and tensorstore raise.
     except Exception as error:
+        folder = workdir / FOLDER
+        some = folder.is_dir() and ocp.utils.checkpoint_steps(folder)
+        earlier = "; earlier checkpoints are untouched" if some else ""
         raise RunError(
-            f"{workdir / FOLDER}: the checkpoint could not be written ({one_line(error)}); "
-            "earlier checkpoints are untouched"
+            f"{folder}: the checkpoint could not be written ({one_line(error)}){earlier}"
         ) from error
