@@ -133,8 +133,8 @@ class Loop:
         self.finish_edge()  # a signal may have come between the last call and its evaluation
         if profile_folder and len([*itertools.islice(self.plan.calls(self.step), 2)]) < 2:
             self.recorder.message(
-                "--profile: no trace, fewer than 2 calls are left and the first one compiles; lower "
-                "config.steps_per_call or use another --workdir"
+                "--profile: no trace, fewer than 2 calls are left and the first one compiles; "
+                "lower config.steps_per_call or use another --workdir"
             )
         if self.step < self.plan.total:
             self.train(profile_folder)

@@ -16,7 +16,7 @@ from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import UserError
+from cifar_jax.errors import LastingStream, UserError
 from cifar_jax.initial import load_initial_weights, start_state
 from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
@@ -296,4 +296,4 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
 
 def tell(text: str) -> None:
     """Prints a line for people."""
-    print(text, file=sys.stderr)
+    print(text, file=LastingStream(sys.stderr))
