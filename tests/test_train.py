@@ -83,9 +83,10 @@ def test_a_finished_run_is_shown_again_without_a_second_look_at_the_test(referen
     assert len(result.record["test_reads"]) == 1 and len(result.record["starts"]) == 2
 
 
-def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference):
+def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference, monkeypatch):
     record = read_run_record(reference)
-    test = evaluate(reference, split="test")
+    monkeypatch.setenv("HOME", str(reference.parent))
+    test = evaluate(f"~/{reference.name}", split="test")
     assert test["accuracy"] == record["result"]["test_accuracy"] and test["count"] == 400
     assert test["loss"] == pytest.approx(record["result"]["test_loss"], rel=1e-6)
     assert len(read_run_record(reference)["test_reads"]) == len(record["test_reads"]) + 1
@@ -337,21 +338,61 @@ def test_a_profile_of_too_few_calls_is_told(module_config, tmp_path, capsys):
     assert not (tmp_path / "profile").exists()
 
 
-def test_a_second_signal_leaves_at_once():
+def start_sleeper(before=""):
     code = (
-        "import time\nfrom cifar_jax.signals import StopSignal\n"
-        "with StopSignal():\n    print('ready', flush=True)\n    time.sleep(99)\n"
+        f"import signal, time\n{before}\nfrom cifar_jax.signals import StopSignal\n"
+        "with StopSignal() as stop:\n    print('ready', flush=True)\n"
+        "    while True:\n        time.sleep(.01)\n        print(stop.received, flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert b"SIGTERM" in process.stderr.readline() + process.stderr.readline()
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_leaves_at_once(first):
+    process = start_sleeper()
+    process.send_signal(first)
+    said = process.stderr.readline() + process.stderr.readline()
+    assert signal.Signals(first).name.encode() in said
+    process.send_signal(signal.SIGHUP)  # not one to leave at: terminals send it twice
+    for _ in range(20):
+        assert process.stdout.readline()
     assert process.poll() is None  # a handled signal does not end the sleep
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 128 + signal.SIGINT
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_nohup_is_heeded():
+    process = start_sleeper("signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process.send_signal(signal.SIGHUP)
+    for _ in range(20):
+        assert process.stdout.readline() == b"None\n"
+    process.kill()
     process.communicate()
+
+
+def test_a_terminal_or_pipe_that_is_gone_does_not_end_the_run(module_config, tmp_path):
+    """Its reader leaves after the first line; then, in another run, SIGHUP comes as well."""
+    process = start_command(module_config, tmp_path / "pipe")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 128 + signal.SIGPIPE  # of the table, at the very end
+    assert read_run_record(tmp_path / "pipe")["result"]["step"] == TOTAL
+
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "10000 epochs"
+    process = start_command(config, tmp_path / "hung up")
+    for line in process.stdout:
+        if "epoch 1:" in line:
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert find_step(tmp_path / "hung up", "latest") >= 45
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(module_config, tmp_path):
