@@ -80,8 +80,8 @@ def _check_without_checkpoints(
     foreign += [n for n in FOLDERS if (workdir / n).is_dir() and any((workdir / n).iterdir())]
     if foreign:
         raise UserError(
-            f"{workdir} holds {', '.join(foreign)}, and no {RECORD_NAME} of a run that they "
-            "belong to; use another --workdir"
+            f"{workdir} holds {', '.join(foreign)}, but not the {RECORD_NAME} of a run; "
+            "use another --workdir"
         )
 
 

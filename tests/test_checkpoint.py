@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, retention, damage, and failing writes."""
 
+import os
 import pathlib
 import shutil
 
@@ -72,6 +73,34 @@ def test_saving_a_step_again_replaces_it(saved):
     checkpointer.wait()
     assert read_checkpoint(saved, 40)[1]["history"] == "new"
     assert find_step(saved, "best") == 40
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see main.py
+@pytest.mark.parametrize("fails", ["at once", "in the background"])
+def test_a_step_that_cannot_be_saved_again_is_kept(fails, saved, monkeypatch):
+    checkpointer = Checkpointer(saved, keep=2)
+    renames = {pathlib.Path: pathlib.Path.rename, os: os.rename}
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails == "at once":
+        monkeypatch.setattr(checkpointer.manager, "save", fail)
+    else:
+        for owner, rename in renames.items():
+            monkeypatch.setattr(
+                owner,
+                "rename",
+                lambda path, to, rename=rename: (
+                    fail if "orbax-checkpoint-tmp" in str(path) else rename
+                )(path, to),
+            )
+    with pytest.raises(RunError, match="No space left"):
+        checkpointer.save(40, arrays(7), {"history": "new"}, accuracy=0.9)
+    monkeypatch.undo()
+    assert read_checkpoint(saved, 40)[1]["history"] == 40
+    assert Checkpointer(saved, keep=2).restore_latest(pytest.fail)[0] == 40
+    assert not (saved / ".replaced_checkpoint").exists()
 
 
 @pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "missing"])

@@ -230,7 +230,9 @@ def test_files_of_somebody_else_are_left_alone(name, module_config, tmp_path):
     """They have our names, but no run's record says that they are ours."""
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("" if name == "metrics.jsonl" else "{}")
-    with pytest.raises(UserError, match=f"holds {name.split('/')[0]}, and no run.json of a run"):
+    with pytest.raises(
+        UserError, match=f"holds {name.split('/')[0]}, but not the run.json of a run"
+    ):
         train_and_evaluate(module_config, tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.name != ".lock"] == name.split("/")
 
