@@ -5,11 +5,12 @@ without any device axis, so that one format serves every execution and number of
 "extra" is JSON: the configuration, the running totals, and a digest of the arrays.
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from cifar_jax.errors import RunError, UserError, one_line
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
+REPLACED_FOLDER = ".replaced_checkpoint"  # while the step is saved again
 METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]
 
@@ -76,13 +78,29 @@ class Checkpointer:
         )
         metrics = None if accuracy is None else {METRIC: accuracy}
 
-        def replace():
+        def save():
             # A signal may have saved this step before its evaluation.
-            if step in self.manager.all_steps():
-                self.manager.delete(step)
-            self.manager.save(step, args=args, metrics=metrics)
+            again = step in self.manager.all_steps()
+            with self._moved_aside(step) if again else contextlib.nullcontext():
+                self.manager.save(step, args=args, metrics=metrics)
 
-        _guard(self.workdir, replace)
+        _guard(self.workdir, save)
+
+    @contextlib.contextmanager
+    def _moved_aside(self, step: int) -> Iterator[None]:
+        """Waits for what the block saves in a checkpoint's place; if that fails, puts it back."""
+        place, aside = self.workdir / FOLDER / str(step), self.workdir / REPLACED_FOLDER
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+        self.manager.reload()
+        try:
+            yield
+            self.manager.wait_until_finished()
+        except BaseException:
+            shutil.rmtree(place, ignore_errors=True)
+            aside.rename(place)
+            raise
+        shutil.rmtree(aside)
 
     def wait(self) -> None:
         """Waits for the save under way.
@@ -197,7 +215,9 @@ def _guard(workdir: pathlib.Path, action: Callable[[], Any]) -> Any:
         return action()
     # Failures of the background write come wrapped in whatever orbax and tensorstore raise.
     except Exception as error:
+        folder = workdir / FOLDER
+        some = folder.is_dir() and ocp.utils.checkpoint_steps(folder)
+        earlier = "; earlier checkpoints are untouched" if some else ""
         raise RunError(
-            f"{workdir / FOLDER}: the checkpoint could not be written ({one_line(error)}); "
-            "earlier checkpoints are untouched"
+            f"{folder}: the checkpoint could not be written ({one_line(error)}){earlier}"
         ) from error

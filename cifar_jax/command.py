@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cifar_jax.config import flatten
-from cifar_jax.errors import UserError
+from cifar_jax.errors import LastingStream, UserError
 
 if TYPE_CHECKING:  # it imports JAX, for which `--help` does not wait
     from cifar_jax.train import Result
@@ -37,7 +38,7 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_bool(
         "profile", False, "Write a trace of a few steps to WORKDIR/profile.", flag_values=values
     )
-    flags.DEFINE_bool("help", False, "Show this.", flag_values=values)
+    flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     return values
 
 
@@ -59,8 +60,7 @@ def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
     # A configuration file is a program: reading it may raise anything.
     except Exception as error:
         text = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
-        reason = " ".join(str(text).split())
-        raise UserError(f"{reason}; see --help") from error
+        raise UserError(f"{_reason(' '.join(str(text).split()))}; see --help") from error
     if values.help:
         show_help(values, doc)
     if rest:
@@ -69,6 +69,17 @@ def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
         if not values[name].value:
             raise UserError(f"--{name} is missing; for example --{name}={example}")
     return values
+
+
+def _reason(text: str) -> str:
+    """Puts what ml_collections says of a flag the way that a reader of it needs."""
+    if match := re.match(r"flag --(config\.\S+)=.*: Failed to parse .* as a ConfigDict", text):
+        name = match[1]
+        return f"{name} is a group of fields; set one of them, as in --{name}.NAME=VALUE"
+    text = re.sub(r"Traceback \(most recent call last\): .*?(?=\b\w+(Error|Exception): )", "", text)
+    if "No module named 'configs'" in text:
+        text += "; run it from the folder that holds configs/"
+    return text
 
 
 def show_help(values: flags.FlagValues, doc: str) -> NoReturn:
@@ -120,10 +131,10 @@ def end(result: "Result", workdir: str, *, module: str) -> None:
     if result.stopped_by is not None:
         saved = f"and saved at step {result.step}" if result.step else "before the first step"
         go_on = f"{python_command()} -m {module} {shlex.join(sys.argv[1:])}"
-        print(f"stopped {saved}; to go on: {go_on}", file=sys.stderr)
+        print(f"stopped {saved}; to go on: {go_on}", file=LastingStream(sys.stderr))
         sys.exit(128 + result.stopped_by)
     print(report.notebook_table(result.record, result.rows))
-    print(f"figure: {workdir}/{CURVES}; checkpoint: step {result.step}")
+    print(f"figure: {shlex.quote(f'{workdir}/{CURVES}')}; checkpoint: step {result.step}")
     predict = f"{python_command()} -m cifar_jax.predict"
     print(f"next: {predict} --workdir={shlex.quote(workdir)} PICTURE...")
 

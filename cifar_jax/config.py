@@ -91,6 +91,7 @@ MAY_CHANGE = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "eval_batch_size",  # changes the last bits of a validation loss, nothing of the training
         "execution",  # one format of checkpoints serves both
         "model.pretrained",  # read once, by the first start
     )

@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, TextIO
 
 
 class UserError(Exception):
@@ -31,6 +31,35 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 
 
+class LastingStream:
+    """A stream whose reader may leave (a closed pipe or terminal): what follows goes nowhere."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> None:
+        """Writes, or not."""
+        self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        """Flushes, or not."""
+        self._try(self._stream.flush)
+
+    def _try(self, action: Callable, *arguments: str) -> None:
+        try:
+            action(*arguments)
+        except OSError:
+            silence(self._stream)
+
+
+def silence(stream: TextIO) -> None:
+    """Lets a stream of the process, and what waits in its buffer, end nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process with an exit code, and at most one line on stderr, if the block fails.
@@ -48,7 +77,7 @@ def exit_on_user_error() -> Iterator[None]:
         _exit("interrupted; nothing was under way that needs saving", 128 + signal.SIGINT)
     except BrokenPipeError:
         # Python flushes standard output once more at exit, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (OSError, MemoryError) as error:
         _exit(one_line(error), RunError.exit_code)
@@ -59,5 +88,5 @@ def exit_on_user_error() -> Iterator[None]:
 
 
 def _exit(text: str, code: int) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {text}", file=LastingStream(sys.stderr))
     sys.exit(code)

@@ -34,6 +34,7 @@ def evaluate(
     from cifar_jax.recording.run_record import count_test_read
     from cifar_jax.trained import load_trained
 
+    workdir = pathlib.Path(workdir).expanduser()
     trained = load_trained(workdir, checkpoint)
     config = trained.extra["config"]
     data = load(config["data"]["source"], config["data"]["directory"])

@@ -41,7 +41,9 @@ class FeatureCache:
         """
         self.key = dict(key)
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
-        self.folder = Path(directory).expanduser() / FOLDER / digest[:16]
+        directory = Path(directory).expanduser()
+        beside = directory.parent if directory.is_file() else directory  # an archive of the data
+        self.folder = beside / FOLDER / digest[:16]
 
     def path(self, name: str) -> Path:
         """The file of a set."""

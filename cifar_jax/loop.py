@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -24,6 +27,7 @@ from cifar_jax.state import TrainState, to_arrays
 
 PROFILE_FOLDER = "profile"
 PROFILED_CALLS = slice(1, 4)  # the first one compiles
+RATES_AT_ONCE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,7 +106,10 @@ class Loop:
         self.state = execution.place(state)
         self.history = history
         self.plan = plan
-        self.schedule = schedule
+        # Many at once: to compute one waits for the step in flight, and then none is.
+        self._learning_rates = functools.lru_cache(maxsize=1)(
+            lambda first: np.asarray(jax.vmap(schedule)(first + jnp.arange(RATES_AT_ONCE)))
+        )
         self.splits = splits
         self.execution = execution
         self.checkpointer = checkpointer
@@ -124,6 +131,11 @@ class Loop:
           RunError: when a loss is not finite or a checkpoint cannot be written.
         """
         self.finish_edge()  # a signal may have come between the last call and its evaluation
+        if profile_folder and len([*itertools.islice(self.plan.calls(self.step), 2)]) < 2:
+            self.recorder.message(
+                "--profile: no trace, fewer than 2 calls are left and the first one compiles; "
+                "lower config.steps_per_call or use another --workdir"
+            )
         if self.step < self.plan.total:
             self.train(profile_folder)
         if self.saved_step != self.step:
@@ -200,7 +212,7 @@ class Loop:
             self.checkpointer.wait()
             raise RunError(
                 f"the training loss is {losses[bad[0]]} at step {step} "
-                f"(learning rate {float(self.schedule(step)):g}); last good checkpoint: "
+                f"(learning rate {self.learning_rate(step):g}); last good checkpoint: "
                 f"{self.checkpointer.describe_latest()}. Lower config.optimizer.learning_rate or "
                 "set config.optimizer.clip_norm"
             )
@@ -215,11 +227,12 @@ class Loop:
             self.settle()
         if evaluation_due and self.stop.received is None:
             accuracy = self.evaluate_and_record()
+            self._settled = time.perf_counter()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
         # A signal may come while the row is written: the best must be saved as such all the same.
         if is_best or (checkpoint_due and self.stop.received is None):
             self.save(accuracy=accuracy)
-        self._settled = time.perf_counter()
+            self._settled = time.perf_counter()
 
     def evaluate_and_record(self) -> float | None:
         """Evaluates on validation and writes the row; None if a signal cut it short."""
@@ -256,6 +269,11 @@ class Loop:
         assert totals.count == len(split), (totals.count, len(split))
         return totals
 
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of the update after `step` updates."""
+        place = step % RATES_AT_ONCE
+        return float(self._learning_rates(step - place)[place])
+
     def write_row(self, step: int, event: str, metrics: dict[str, float]) -> None:
         """Adds a row to the log."""
         row = {
@@ -263,7 +281,7 @@ class Loop:
             "epoch": step / self.plan.steps_per_epoch,
             "event": event,
             **metrics,
-            "learning_rate": float(self.schedule(step - 1)),  # of the last update
+            "learning_rate": self.learning_rate(step - 1),  # of the last update
             "train_seconds": self.history.train_seconds,
         }
         self.recorder.write(row)

@@ -24,10 +24,10 @@ from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import HeadClassifier
 from cifar_jax.parallel import check_devices
 from cifar_jax.recording.progress import Counter
-from cifar_jax.recording.run_record import past_starts
 from cifar_jax.signals import StopSignal
 from cifar_jax.state import model_leaves, named_leaves, split_model
 from cifar_jax.train import Result, Setup, run, set_up, tell
+from cifar_jax.workdir import check_workdir
 
 HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
 FORMAT_VERSION = 1  # of the features: another one makes them anew
@@ -74,9 +74,7 @@ def train_head(
         )
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             # Before features are computed, which may take hours.
-            past_starts(workdir, features=setup.features)
-            if (workdir / CHECKPOINTS).exists() and not (workdir / HEAD_FOLDER).exists():
-                raise UserError(f"{workdir} holds another run's checkpoints; use another --workdir")
+            check_workdir(workdir, plain, features=setup.features, checkpoints=HEAD_FOLDER)
             inputs = _feature_splits(setup, backbone, stop)
             if inputs is None:
                 return Result(step=0, stopped_by=stop.received, record={}, rows=[])

@@ -2,14 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from numbers import Real
 from pathlib import Path
-from typing import Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
 from cifar_jax.recording.figures import draw_comparison
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
-from cifar_jax.recording.run_record import RECORD_NAME, read_run_record
+from cifar_jax.recording.run_record import RECORD_NAME, field, read_run_record
 
 SPLITS = ("train", "validation", "test")
 # Accuracies that the original notebook prints; what it does not state is missing.
@@ -17,14 +15,12 @@ NOTEBOOK = {
     "mlp": {"train": 0.3748, "validation": 0.3550},
     "resnet50": {"validation": 0.9405, "test": 0.9366},
 }
-# What the table needs of a `run.json`.
+# What the table needs of a `run.json`, whoever wrote it.
 FIELDS = {
     "config.model.name": str,
     "data.source": str,
     "data.is_sample": bool,
     "parameters": int,
-    "result.test_accuracy": Real | None,
-    "result.train_seconds": Real | None,
 }
 COLUMNS = ("run", "model", "data", "epochs", *SPLITS, "seconds", "parameters")
 
@@ -43,7 +39,7 @@ def accuracies(record: dict, rows: list[dict]) -> dict[str, float]:
     found = {
         "train": row.get("train_accuracy"),
         "validation": row.get("validation_accuracy"),
-        "test": _field(record, "result.test_accuracy"),
+        "test": field(record, "result.test_accuracy"),
     }
     return {split: accuracy for split, accuracy in found.items() if accuracy is not None}
 
@@ -91,7 +87,7 @@ def markdown_table(runs: dict[str, tuple[dict, list[dict]]]) -> str:
 
 def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
     data = record["data"]
-    seconds = _field(record, "result.train_seconds")
+    seconds = field(record, "result.train_seconds")
     epoch = _reported_row(record, rows).get("epoch")
     cells = [
         name,
@@ -107,17 +103,9 @@ def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
 
 def _reported_row(record: dict, rows: list[dict]) -> dict:
     evaluations = evaluation_rows(rows)
-    step = _field(record, "result.step")
+    step = field(record, "result.step")
     tested = [row for row in evaluations if row["step"] == step]
     return (tested or evaluations or [{}])[-1]
-
-
-def _field(record: dict, name: str) -> Any:
-    """The value under a dotted name; None where a part is missing."""
-    value = record
-    for key in name.split("."):
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
 
 
 def _cells(values: dict[str, float], *, missing: str) -> list[str]:
@@ -126,7 +114,7 @@ def _cells(values: dict[str, float], *, missing: str) -> list[str]:
 
 def _names(workdirs: Sequence[str]) -> list[str]:
     """The folders' names, or the paths as they were given where two have the same name."""
-    folders = [Path(workdir).resolve() for workdir in workdirs]
+    folders = [Path(workdir).expanduser().resolve() for workdir in workdirs]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise UserError(f"{workdirs[number]}: given twice; name each run once")
@@ -135,11 +123,12 @@ def _names(workdirs: Sequence[str]) -> list[str]:
 
 
 def _read_run(workdir: str) -> tuple[dict, list[dict]]:
+    workdir = Path(workdir).expanduser()
     record = read_run_record(workdir)
-    bad = [name for name, kind in FIELDS.items() if not isinstance(_field(record, name), kind)]
+    bad = [name for name, kind in FIELDS.items() if not isinstance(field(record, name), kind)]
     if bad:
         raise UserError(
-            f"{Path(workdir) / RECORD_NAME}: has no valid {', '.join(bad)}; "
+            f"{workdir / RECORD_NAME}: has no valid {', '.join(bad)}; "
             "did the run end before its first step?"
         )
     return record, read_rows(workdir)
@@ -162,7 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         print(markdown_table(runs))
         if options.figure:
-            draw_comparison({name: rows for name, (_, rows) in runs.items()}, options.figure)
+            figure = Path(options.figure).expanduser()
+            draw_comparison({name: rows for name, (_, rows) in runs.items()}, figure)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""SIGTERM and Ctrl-C end a run in order: after the current call, with a checkpoint."""
+"""Ctrl-C, SIGTERM and SIGHUP end a run in order: after the current call, with a checkpoint."""
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignal:
@@ -21,7 +22,10 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            for number in SIGNALS:
+                # nohup means it: what is ignored as SIGHUP stays so.
+                if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -30,6 +34,8 @@ class StopSignal:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
+            if number == signal.SIGHUP:  # a closing terminal sends it twice, with its shell's
+                return
             if hasattr(sys, "ps1"):  # a notebook or prompt: its variables must survive
                 raise KeyboardInterrupt
             # No clean-up: whoever signals twice does not want to wait for a save under way, and an
@@ -38,4 +44,7 @@ class StopSignal:
         self.received = number
         name = signal.Signals(number).name
         # Not print: a handler may interrupt a write to the same stream.
-        os.write(2, f"\n{name}: saving after the current call; again to leave at once\n".encode())
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(
+                2, f"\n{name}: saving after the current call; again to leave at once\n".encode()
+            )

@@ -16,18 +16,19 @@ from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import UserError
+from cifar_jax.errors import LastingStream, UserError
 from cifar_jax.initial import load_initial_weights, start_state
 from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 from cifar_jax.parallel import check_batch_size, check_devices, create_execution
+from cifar_jax.recording.metrics_log import JSONL_NAME
 from cifar_jax.recording.recorder import open_recorder
 from cifar_jax.recording.run_record import (
     count_test_read,
     describe_environment,
-    past_starts,
+    field,
     read_run_record,
     update_run_record,
 )
@@ -40,6 +41,7 @@ from cifar_jax.state import (
     from_arrays,
     model_leaves,
 )
+from cifar_jax.workdir import check_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,9 +148,12 @@ def set_up(config: dict[str, Any], model: Callable[[], nnx.Module]) -> Setup:
 def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool) -> Result:
     """Makes a run, or what is left of it, in a workdir that is locked for it."""
     plan = setup.plan
-    starts = past_starts(workdir, features=setup.features)
+    record = check_workdir(
+        workdir, setup.config, features=setup.features, checkpoints=setup.checkpoints
+    )
     checkpointer = Checkpointer(workdir / setup.checkpoints, keep=setup.config["keep_checkpoints"])
     state, history = _restore(setup, checkpointer, workdir)
+    _record_start(setup, workdir, record, step=int(state.step))
     with open_recorder(
         workdir,
         title=_title(setup),
@@ -158,7 +163,9 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         steps_per_epoch=plan.steps_per_epoch,
         batch_size=plan.batch_size,
     ) as recorder:
-        _record_start(setup, workdir, starts=starts, step=int(state.step))
+        if missing := history.rows - len(recorder.rows):
+            recorder.message(f"warning: {workdir / JSONL_NAME} lacks {missing} rows of this run")
+            history.rows -= missing
         recorder.message(_describe_start(setup, step=int(state.step)))
         loop = Loop(
             state=state,
@@ -230,9 +237,7 @@ def _restore(
     return state, History.from_json(saved["history"])
 
 
-def _record_start(
-    setup: Setup, workdir: pathlib.Path, *, starts: list[dict[str, Any]], step: int
-) -> None:
+def _record_start(setup: Setup, workdir: pathlib.Path, record: dict, *, step: int) -> None:
     data, splits = setup.data, setup.splits
     update_run_record(
         workdir,
@@ -246,7 +251,9 @@ def _record_start(
             "sha256": fingerprint(splits),
             "duplicates": duplicates_across(splits),
         },
-        starts=[*starts, {"step": step, **describe_environment()}],
+        starts=[*(record.get("starts") or []), {"step": step, **describe_environment()}],
+        # Another step's, of a shorter run or a checkpoint that is gone, is not this state's.
+        result=record.get("result") if field(record, "result.step") == step else None,
     )
 
 
@@ -272,15 +279,14 @@ def _describe_start(setup: Setup, *, step: int) -> str:
 def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
     """Reads the test split, if the run is at its end and has not read it there before."""
     record = read_run_record(workdir)
-    if loop.stop.received is not None or record.get("result", {}).get("step") == loop.step:
+    if loop.stop.received is not None or field(record, "result.step") == loop.step:
         return record
     count_test_read(workdir, {"step": loop.step, "checkpoint": "latest"})  # also if cut short
     totals = loop.evaluate(loop.splits["test"])
     if totals is None:
         return record
-    means = totals.means("test_")
     result = {
-        **means,
+        **totals.means("test_"),
         "test_count": totals.count,
         "train_seconds": loop.history.train_seconds,
         "step": loop.step,
@@ -290,4 +296,4 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
 
 def tell(text: str) -> None:
     """Prints a line for people."""
-    print(text, file=sys.stderr)
+    print(text, file=LastingStream(sys.stderr))

@@ -1,5 +1,6 @@
 """Checkpoints: exact round trips, retention, damage, and failing writes."""
 
+import os
 import pathlib
 import shutil
 
@@ -72,6 +73,34 @@ def test_saving_a_step_again_replaces_it(saved):
     checkpointer.wait()
     assert read_checkpoint(saved, 40)[1]["history"] == "new"
     assert find_step(saved, "best") == 40
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see main.py
+@pytest.mark.parametrize("fails", ["at once", "in the background"])
+def test_a_step_that_cannot_be_saved_again_is_kept(fails, saved, monkeypatch):
+    checkpointer = Checkpointer(saved, keep=2)
+    renames = {pathlib.Path: pathlib.Path.rename, os: os.rename}
+
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails == "at once":
+        monkeypatch.setattr(checkpointer.manager, "save", fail)
+    else:
+        for owner, rename in renames.items():
+            monkeypatch.setattr(
+                owner,
+                "rename",
+                lambda path, to, rename=rename: (
+                    fail if "orbax-checkpoint-tmp" in str(path) else rename
+                )(path, to),
+            )
+    with pytest.raises(RunError, match="No space left"):
+        checkpointer.save(40, arrays(7), {"history": "new"}, accuracy=0.9)
+    monkeypatch.undo()
+    assert read_checkpoint(saved, 40)[1]["history"] == 40
+    assert Checkpointer(saved, keep=2).restore_latest(pytest.fail)[0] == 40
+    assert not (saved / ".replaced_checkpoint").exists()
 
 
 @pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "missing"])
@@ -181,8 +210,11 @@ def test_arrays_that_are_not_finite_are_not_saved(saved):
 
 
 @late_callbacks
-def test_a_failed_background_write_is_an_error(saved, monkeypatch):
+@pytest.mark.parametrize("any_before", [True, False])
+def test_a_failed_background_write_is_an_error(any_before, saved, monkeypatch):
     """The rename that completes a checkpoint fails in the background thread."""
+    if not any_before:
+        shutil.rmtree(saved / FOLDER)
     checkpointer = Checkpointer(saved, keep=2)
     rename = pathlib.Path.rename
 
@@ -192,7 +224,8 @@ def test_a_failed_background_write_is_an_error(saved, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "rename", fail)
     monkeypatch.setattr("os.rename", fail)
     checkpointer.save(50, arrays(50), {}, accuracy=None)
-    with pytest.raises(RunError, match="could not be written.*No space left"):
+    with pytest.raises(RunError, match="could not be written.*No space left") as failed:
         checkpointer.wait()
     monkeypatch.setattr(pathlib.Path, "rename", rename)
-    assert find_step(saved, "latest") == 40
+    assert ("earlier checkpoints are untouched" in str(failed.value)) is any_before
+    assert not any_before or find_step(saved, "latest") == 40

@@ -97,6 +97,8 @@ def test_a_missing_and_a_surplus_field_are_named():
         ({"train_for": "20 epochs"}, None),  # a constant rate does not depend on the end
         ({"train_for": "20 epochs", "schedule.name": "cosine"}, "train_for"),
         ({"data.directory": "elsewhere", "keep_checkpoints": 5}, None),
+        ({"eval_batch_size": 64}, None),
+        ({"steps_per_call": 3}, "steps_per_call"),  # another compiled program, other last bits
     ],
 )
 def test_what_a_resumed_run_may_change(changes, differing):

@@ -581,7 +581,10 @@ BAD = {
     "too large a batch": (["--config.batch_size=800"], "config.batch_size is 800"),
     "batch that devices cannot share": (["--config.eval_batch_size=20"], "8 devices"),
     "a workdir of main": (["--workdir=run"], "of cifar_jax.main"),
-    "a workdir of others' checkpoints": (["--workdir=odd"], "another run's checkpoints"),
+    "a workdir of others' checkpoints": (
+        ["--workdir=odd"],
+        "holds checkpoints, but not the run.json of a run",
+    ),
     "a data folder that is a file": (["--config.data.directory=text.txt"], "text.txt"),
     "no flags": (None, "--config is missing; for example --config=configs/resnet50_probe.py"),
 }
@@ -595,7 +598,7 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("no folder")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "run.json").write_text('{"features": null, "starts": []}')
+    (tmp_path / "run" / "run.json").write_text('{"config": {}, "features": null}')
     (tmp_path / "odd" / FOLDER / "3").mkdir(parents=True)
     if case == "damaged features":
         damage_the_cache(tmp_path, module_config)

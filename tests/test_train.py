@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.loop import Loop
 from cifar_jax.recording.metrics_log import read_rows
-from cifar_jax.recording.run_record import read_run_record
+from cifar_jax.recording.run_record import read_run_record, update_run_record
 from cifar_jax.train import train_and_evaluate
 from tests.runs import ROOT, assert_same_run, start_command
 
@@ -82,9 +83,10 @@ def test_a_finished_run_is_shown_again_without_a_second_look_at_the_test(referen
     assert len(result.record["test_reads"]) == 1 and len(result.record["starts"]) == 2
 
 
-def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference):
+def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference, monkeypatch):
     record = read_run_record(reference)
-    test = evaluate(reference, split="test")
+    monkeypatch.setenv("HOME", str(reference.parent))
+    test = evaluate(f"~/{reference.name}", split="test")
     assert test["accuracy"] == record["result"]["test_accuracy"] and test["count"] == 400
     assert test["loss"] == pytest.approx(record["result"]["test_loss"], rel=1e-6)
     assert len(read_run_record(reference)["test_reads"]) == len(record["test_reads"]) + 1
@@ -128,7 +130,7 @@ def test_a_stopped_run_goes_on_to_the_same_end(
         result = train_and_evaluate(module_config, tmp_path)
     assert (result.step, result.stopped_by) == (stopped_at, number)
     assert find_step(tmp_path, "latest") == stopped_at
-    assert "result" not in result.record
+    assert result.record["result"] is None
     result = train_and_evaluate(module_config, tmp_path)
     assert (result.step, result.stopped_by) == (TOTAL, None)
     assert_same_run(tmp_path, reference)
@@ -187,6 +189,94 @@ def test_another_configuration_or_data_is_refused_and_nothing_changes(
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file()} == before
 
 
+def test_without_checkpoints_only_the_same_unfinished_run_starts_anew(
+    module_config, reference, tmp_path
+):
+    """Killed before its first save, a run has a record and no more; that record names the run."""
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / FOLDER)
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    other = module_config.copy_and_resolve_references()
+    other.seed = 9
+    for config in (module_config, other):
+        with pytest.raises(UserError, match="a finished run whose checkpoints are gone"):
+            train_and_evaluate(config, workdir)
+    assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
+    update_run_record(workdir, result=None)
+    with pytest.raises(UserError, match="seed was 0 and is 9"):
+        train_and_evaluate(other, workdir)
+    result = train_and_evaluate(module_config, workdir)
+    assert result.step == TOTAL
+    assert_same_run(workdir, reference)
+
+
+def test_a_result_of_another_step_is_not_reported(module_config, reference, tmp_path):
+    """The last checkpoint is gone, the record still has its result: that is measured again."""
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    shutil.rmtree(workdir / FOLDER / str(TOTAL))
+    wrong = {**read_run_record(workdir)["result"], "test_accuracy": 0.123}
+    update_run_record(workdir, result=wrong)
+    train_and_evaluate(module_config, workdir)
+    assert_same_run(workdir, reference)
+
+
+OURS = ["run.json", "metrics.jsonl", "metrics.csv", "curves.png", "tensorboard/x", "checkpoints/x"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_files_of_somebody_else_are_left_alone(name, module_config, tmp_path):
+    """They have our names, but no run's record says that they are ours."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("" if name == "metrics.jsonl" else "{}")
+    with pytest.raises(
+        UserError, match=f"holds {name.split('/')[0]}, but not the run.json of a run"
+    ):
+        train_and_evaluate(module_config, tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.name != ".lock"] == name.split("/")
+
+
+@pytest.mark.parametrize("name", OURS[1:])
+def test_a_file_for_a_folder_is_told_at_once(name, module_config, tmp_path):
+    name, _, inside = name.partition("/")
+    (tmp_path / name).write_text("") if inside else (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} is (a|no) folder; a run writes a f"):
+        train_and_evaluate(module_config, tmp_path)
+
+
+@pytest.mark.parametrize("at", ["_restore", "_record_start", "open_recorder", "_describe_start"])
+def test_a_run_that_dies_in_its_first_instant_starts_again(
+    at, module_config, reference, tmp_path, monkeypatch
+):
+    class Killed(BaseException):
+        pass
+
+    def kill(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(f"cifar_jax.train.{at}", kill)
+        train_and_evaluate(module_config, tmp_path)
+    train_and_evaluate(module_config, tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
+@pytest.mark.parametrize("left", [0, 3])
+def test_lost_rows_are_told_and_the_run_goes_on(left, module_config, tmp_path, capsys):
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "1 epoch"
+    train_and_evaluate(config, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(lines[:left]))
+    config.train_for = "2 epochs"
+    for lacking in (f"lacks {4 - left} rows", None):  # told once: later checkpoints know
+        rows = train_and_evaluate(config, tmp_path).rows
+        told = [line for line in capsys.readouterr().err.splitlines() if "metrics.jsonl" in line]
+        assert [row["step"] for row in rows][left:] == [60, 75, 90, 90]
+        assert len(told) == 1 and lacking in told[0] if lacking else not told
+
+
 def test_a_workdir_in_use_is_refused(module_config, tmp_path):
     with filelock.FileLock(tmp_path / ".lock"):
         with pytest.raises(UserError, match="in use by another run"):
@@ -242,21 +332,69 @@ def test_profile_writes_a_trace(module_config, tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
-def test_a_second_signal_leaves_at_once():
+def test_a_profile_of_too_few_calls_is_told(module_config, tmp_path, capsys):
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "15 steps"
+    train_and_evaluate(config, tmp_path, profile=True)
+    assert "--profile: no trace" in capsys.readouterr().err
+    assert not (tmp_path / "profile").exists()
+
+
+def start_sleeper(before=""):
     code = (
-        "import time\nfrom cifar_jax.signals import StopSignal\n"
-        "with StopSignal():\n    print('ready', flush=True)\n    time.sleep(99)\n"
+        f"import signal, time\n{before}\nfrom cifar_jax.signals import StopSignal\n"
+        "with StopSignal() as stop:\n    print('ready', flush=True)\n"
+        "    while True:\n        time.sleep(.01)\n        print(stop.received, flush=True)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    assert b"SIGTERM" in process.stderr.readline() + process.stderr.readline()
+    return process
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_leaves_at_once(first):
+    process = start_sleeper()
+    process.send_signal(first)
+    said = process.stderr.readline() + process.stderr.readline()
+    assert signal.Signals(first).name.encode() in said
+    process.send_signal(signal.SIGHUP)  # not one to leave at: terminals send it twice
+    for _ in range(20):
+        assert process.stdout.readline()
     assert process.poll() is None  # a handled signal does not end the sleep
     process.send_signal(signal.SIGINT)
-    assert process.wait(10) == 128 + signal.SIGINT
+    process.communicate(timeout=10)
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_nohup_is_heeded():
+    process = start_sleeper("signal.signal(signal.SIGHUP, signal.SIG_IGN)")
+    process.send_signal(signal.SIGHUP)
+    for _ in range(20):
+        assert process.stdout.readline() == b"None\n"
+    process.kill()
     process.communicate()
+
+
+def test_a_terminal_or_pipe_that_is_gone_does_not_end_the_run(module_config, tmp_path):
+    """Its reader leaves after the first line; then, in another run, SIGHUP comes as well."""
+    process = start_command(module_config, tmp_path / "pipe")
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(120) == 128 + signal.SIGPIPE  # of the table, at the very end
+    assert read_run_record(tmp_path / "pipe")["result"]["step"] == TOTAL
+
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "10000 epochs"
+    process = start_command(config, tmp_path / "hung up")
+    for line in process.stdout:
+        if "epoch 1:" in line:
+            break
+    process.stdout.close()
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 128 + signal.SIGHUP
+    assert find_step(tmp_path / "hung up", "latest") >= 45
 
 
 def test_ctrl_c_prints_the_command_that_goes_on(module_config, tmp_path):

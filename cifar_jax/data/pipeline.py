@@ -6,6 +6,7 @@ the host as uint8.
 """
 
 import functools
+import os
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -40,6 +41,8 @@ def train_batches(
       "image" [steps, batch_size / hosts, ...], uint8 pixels or float32 features, and
       "label" int32 [steps, same].
     """
+    # In a notebook nothing else has silenced its notes on CPU features.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # TensorFlow takes seconds to import, and nothing but training pays for it.
     import tensorflow as tf
 

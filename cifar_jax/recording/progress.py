@@ -6,6 +6,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from cifar_jax.errors import LastingStream
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -22,7 +24,7 @@ class Counter:
             stream: where to write; standard error where not given.
         """
         self._label, self._total, self._done = label, total, start
-        self._stream = stream or sys.stderr
+        self._stream = LastingStream(stream or sys.stderr)
         self._printed_time = time.monotonic()
         self._first: tuple[int, float] | None = None  # the first update comes after a compilation
         self._bar = None
@@ -92,7 +94,7 @@ class Progress:
         self._counted_steps = 0
         self._counted_seconds = 0.0
         self._printed_time = time.monotonic()
-        self._stream = stream or sys.stderr
+        self._stream = LastingStream(stream or sys.stderr)
         self._bar = None
         if self._stream.isatty():
             self._bar = tqdm(

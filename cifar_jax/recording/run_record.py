@@ -10,17 +10,29 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from numbers import Real
 from operator import methodcaller
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
 import cifar_jax
-from cifar_jax.config import flatten
 from cifar_jax.errors import UserError
 from cifar_jax.recording.files import write_atomically, writing
 
 RECORD_NAME = "run.json"
+# Of what type a field is that a program reads, where it is there.
+FIELDS = {
+    "config": dict,
+    "features": dict,
+    "starts": list,
+    "test_reads": list,
+    "result": dict,
+    "result.step": int,
+    "result.test_accuracy": Real,
+    "result.train_seconds": Real,
+}
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -86,7 +98,7 @@ def read_run_record(workdir: str | os.PathLike) -> dict:
     """Reads a run's record.
 
     Raises:
-        UserError: there is none, or it is not a JSON object.
+        UserError: there is none, or it is not a JSON object with fields of the right types.
     """
     path = Path(workdir) / RECORD_NAME
     try:
@@ -99,36 +111,20 @@ def read_run_record(workdir: str | os.PathLike) -> dict:
         raise UserError(f"{path}: not valid JSON ({error}); restore or delete it") from error
     if not isinstance(record, dict):
         raise UserError(f"{path}: expected a JSON object, found {type(record).__name__}")
+    bad = [
+        name for name, kind in FIELDS.items() if not isinstance(field(record, name), kind | None)
+    ]
+    if bad:
+        raise UserError(f"{path}: has no valid {', '.join(bad)}; restore it from a backup")
     return record
 
 
-def past_starts(workdir: str | os.PathLike, *, features: dict | None) -> list[dict]:
-    """Gives the starts that a workdir's record tells of, none where it has no record.
-
-    Args:
-        workdir: the run's folder.
-        features: what the cached features depend on that this run reads; None: it reads images.
-
-    Raises:
-        UserError: the record is corrupt, or of a run on something else.
-    """
-    record = read_run_record(workdir) if has_run_record(workdir) else {"features": features}
-    ours, theirs = features, record.get("features")
-    if (ours is None) != (theirs is None):
-        made_by = "cifar_jax.features, of a head alone" if theirs else "cifar_jax.main"
-        raise UserError(f"{workdir} holds a run of {made_by}; use another --workdir")
-    ours, theirs = dict(flatten(ours or {})), dict(flatten(theirs or {}))
-    differing = [
-        f"{name} was {theirs.get(name)} and is {ours.get(name)}"
-        for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name)
-    ]
-    if differing:
-        raise UserError(
-            f"{workdir} holds a head on other features: {'; '.join(differing)}; "
-            "use another --workdir"
-        )
-    return record.get("starts", [])
+def field(record: dict, name: str) -> Any:
+    """Gives the value under a dotted name; None where a part is missing."""
+    value = record
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
 
 
 def update_run_record(workdir: str | os.PathLike, **fields) -> dict:
@@ -158,7 +154,7 @@ def count_test_read(workdir: str | os.PathLike, entry: dict) -> None:
         entry: step, checkpoint, accuracy; the time is added.
     """
     with _editing(workdir) as record:
-        record.setdefault("test_reads", []).append({"time": _now(), **entry})
+        record["test_reads"] = [*(record.get("test_reads") or []), {"time": _now(), **entry}]
 
 
 @contextlib.contextmanager
