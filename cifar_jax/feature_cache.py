@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.data.sources import ARCHIVES
 from cifar_jax.errors import UserError
 from cifar_jax.lock import locked
 from cifar_jax.recording.files import write_atomically, writing
@@ -36,14 +37,15 @@ class FeatureCache:
         """Names the folder; nothing is read or written.
 
         Args:
-            directory: of the data.
+            directory: of the data; where it is an archive of them, the folder beside it.
             key: JSON values.
         """
         self.key = dict(key)
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()
         directory = Path(directory).expanduser()
-        beside = directory.parent if directory.is_file() else directory  # an archive of the data
-        self.folder = beside / FOLDER / digest[:16]
+        if directory.is_file() and directory.name.endswith(ARCHIVES):
+            directory = directory.parent
+        self.folder = directory / FOLDER / digest[:16]
 
     def path(self, name: str) -> Path:
         """The file of a set."""

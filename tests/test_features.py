@@ -259,6 +259,13 @@ def test_a_folder_is_shared_exactly_where_the_features_are(case, module_config):
     assert (folder(changed(module_config, **changes)) == folder(module_config)) is shared
 
 
+def test_features_of_an_archive_lie_beside_it(module_config, tmp_path):
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    archive.touch()
+    place = folder(changed(module_config, data__directory=str(archive)))
+    assert place.parent == tmp_path / "features"
+
+
 def test_weights_and_images_have_a_folder_of_their_own(module_config):
     usual = folder(module_config)
     assert folder(module_config, dict(reversed(VALUES.items()))) == usual
