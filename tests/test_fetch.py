@@ -1,6 +1,7 @@
 """Fetching against a local server that misbehaves on purpose, and against npm programs that do."""
 
 import errno
+import functools
 import os
 import shutil
 import signal
@@ -276,8 +277,13 @@ def test_an_npm_that_is_slow_but_gets_on_is_waited_for(
 
 
 @pytest.mark.parametrize("npm_ends", [False, True])
-def test_an_interrupt_during_npm_is_an_interrupt(npm_ends, npm, edition, tmp_path):
+def test_an_interrupt_during_npm_is_an_interrupt(npm_ends, npm, edition, tmp_path, request):
     pid = tmp_path / "pid"
+    # A shell starts what runs in its background with this signal ignored.
+    request.addfinalizer(
+        functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT))
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     write_npm(npm, "sys.exit(130)" if npm_ends else HANG.format(pid=str(pid)))
 
     def interrupt() -> None:
