@@ -274,9 +274,7 @@ def test_unknown_source(source):
 @pytest.mark.parametrize("source", ["auto", "tfds"])
 def test_the_directory_is_a_file(source, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(
-        UserError, match="data.directory: .*file is a file; expected a folder"
-    ):
+    with pytest.raises(UserError, match="data.directory: .*file is a file; expected a folder"):
         load(source, tmp_path / "file")
 
 
