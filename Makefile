@@ -42,7 +42,7 @@ train: $(VENV)/installed
 
 transfer: $(VENV)/installed
 	$(BIN)/python -m cifar_jax.main --config=configs/resnet50_laptop.py \
-	  --workdir=runs/resnet50_laptop --config.model.pretrained=$(WEIGHTS)
+	  --workdir=runs/resnet50_laptop "--config.model.pretrained=$(WEIGHTS)"
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST) --cov=cifar_jax --cov-report=term --cov-fail-under=90

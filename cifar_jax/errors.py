@@ -60,6 +60,11 @@ def silence(stream: TextIO) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def tell(text: str) -> None:
+    """Prints a line for people."""
+    print(text, file=LastingStream(sys.stderr))
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process with an exit code, and at most one line on stderr, if the block fails.

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from cifar_jax.pretrained.fetch import resolve
-from cifar_jax.pretrained.load import load_pretrained
+from cifar_jax.pretrained.load import Loaded, load_pretrained
 from cifar_jax.state import MODEL_PARTS, TrainState, model_leaves
 
 
 def load_initial_weights(
     expected: Mapping[str, Any], config: Mapping[str, Any], *, tell: Callable[[str], None]
-) -> dict[str, np.ndarray] | None:
+) -> Loaded | None:
     """Reads the pretrained weights of `config.model.pretrained`.
 
     Args:
@@ -22,7 +22,7 @@ def load_initial_weights(
       tell: is told what was loaded, and of a preprocessing that is not the weights' own.
 
     Returns:
-      The numbers by name, without those of a head that the file lacks; None for "none".
+      What the file gives; None for "none".
 
     Raises:
       UserError: if the file is missing, damaged, of another variant, or does not fit the model.
@@ -33,13 +33,16 @@ def load_initial_weights(
     loaded = load_pretrained(expected, path, variant=config["variant"])
     header = loaded.header
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""
-    tell(f"{len(loaded.values)} pretrained tensors from {path}{fresh}")
-    if config["preprocessing"] != header.preprocessing:
+    unused = f"; not used: {', '.join(loaded.unused)}" if loaded.unused else ""
+    tell(f"{len(loaded.values)} pretrained tensors from {path}{fresh}{unused}")
+    if header.preprocessing == "unknown":
+        tell(f"note: {path} does not say which preprocessing it was trained with")
+    elif config["preprocessing"] != header.preprocessing:
         tell(
             f'note: config.model.preprocessing is "{config["preprocessing"]}"; these weights were '
             f'trained with "{header.preprocessing}"'
         )
-    return loaded.values
+    return loaded
 
 
 def start_state(

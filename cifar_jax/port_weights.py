@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     with exit_on_user_error():
         source = fetch.resolve(flags.source)
-        _refuse_overwriting(source, flags.dest)
+        _refuse_overwriting(source, flags.dest, flags.certificate)
         weights = port.read(source, flags.variant)
         _write(weights, flags.dest, flags.to)
         certified = certificate.certify(weights, flags.dest)
@@ -67,9 +67,12 @@ def _write(weights: port.Weights, dest: Path, to: str | None) -> None:
         port.write_published(weights, dest)
 
 
-def _refuse_overwriting(source: Path, dest: Path) -> None:
-    if dest.exists() and dest.samefile(source):
-        raise UserError(f"{dest}: is the source itself")
+def _refuse_overwriting(source: Path, dest: Path, certificate: Path | None) -> None:
+    for path in filter(None, (dest, certificate)):
+        if path.exists() and path.samefile(source):
+            raise UserError(f"{path}: is the source itself")
+    if certificate and certificate.absolute() == dest.absolute():
+        raise UserError(f"{certificate}: the certificate needs a file of its own")
 
 
 if __name__ == "__main__":

@@ -64,11 +64,12 @@ def train_head(
         # The head starts as the one in the whole model of this seed does.
         setup = set_up(plain, lambda: HeadClassifier(whole_model().head))
         _, template = split_model(nnx.eval_shape(whole_model))
-        values = load_initial_weights(model_leaves(template), plain["model"], tell=tell)
-        backbone = Backbone(plain["model"], values)
+        loaded = load_initial_weights(model_leaves(template), plain["model"], tell=tell)
+        head = {name: x for name, x in loaded.values.items() if name.startswith("head.")}
+        backbone = Backbone(plain["model"], loaded.values)
         setup = dataclasses.replace(
             setup,
-            pretrained=lambda: {name: x for name, x in values.items() if name.startswith("head.")},
+            pretrained=lambda: dataclasses.replace(loaded, values=head),
             features=feature_key(plain, backbone, images_sha256=setup.data.sha256),
             checkpoints=HEAD_FOLDER,
         )

@@ -2,13 +2,11 @@
 
 import dataclasses
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 from flax import nnx
 
@@ -16,13 +14,14 @@ from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
-from cifar_jax.errors import LastingStream, UserError
+from cifar_jax.errors import UserError, tell
 from cifar_jax.initial import load_initial_weights, start_state
 from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 from cifar_jax.parallel import check_batch_size, check_devices, create_execution
+from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recording.metrics_log import JSONL_NAME
 from cifar_jax.recording.recorder import open_recorder
 from cifar_jax.recording.run_record import (
@@ -90,7 +89,7 @@ class Setup:
     schedule: optax.Schedule
     template: TrainState  # shapes and dtypes only: drawing a ResNet-50 takes seconds
     create: Callable[[], TrainState]
-    pretrained: Callable[[], dict[str, np.ndarray] | None]  # by the model's names
+    pretrained: Callable[[], Loaded | None]
     features: dict[str, Any] | None = None  # what the features depend on, if they are the inputs
     checkpoints: str = "."  # where in the workdir
 
@@ -152,8 +151,8 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         workdir, setup.config, features=setup.features, checkpoints=setup.checkpoints
     )
     checkpointer = Checkpointer(workdir / setup.checkpoints, keep=setup.config["keep_checkpoints"])
-    state, history = _restore(setup, checkpointer, workdir)
-    _record_start(setup, workdir, record, step=int(state.step))
+    state, history, weights = _restore(setup, checkpointer, workdir)
+    _record_start(setup, workdir, record, step=int(state.step), weights=weights)
     with open_recorder(
         workdir,
         title=_title(setup),
@@ -211,11 +210,13 @@ def _make_plan(config: dict[str, Any], *, train_count: int) -> Plan:
 
 def _restore(
     setup: Setup, checkpointer: Checkpointer, workdir: pathlib.Path
-) -> tuple[TrainState, History]:
+) -> tuple[TrainState, History, dict[str, Any] | None]:
     """Starts from the workdir's latest whole checkpoint, or pretrained weights, or from scratch."""
     restored = checkpointer.restore_latest(lambda text: tell(f"warning: {text}"))
     if restored is None:
-        return start_state(setup.create, setup.pretrained()), History()
+        loaded = setup.pretrained()
+        about = loaded and dataclasses.asdict(loaded.header)
+        return start_state(setup.create, loaded and loaded.values), History(), about
     step, arrays, saved = restored
     ours = setup.identity()
     configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
@@ -234,16 +235,19 @@ def _restore(
         )
     checkpointer.move_aside_after(step)
     state = from_arrays(setup.template, arrays, origin=f"checkpoint {step} of {workdir}")
-    return state, History.from_json(saved["history"])
+    return state, History.from_json(saved["history"]), None
 
 
-def _record_start(setup: Setup, workdir: pathlib.Path, record: dict, *, step: int) -> None:
+def _record_start(
+    setup: Setup, workdir: pathlib.Path, record: dict, *, step: int, weights: dict | None
+) -> None:
     data, splits = setup.data, setup.splits
     update_run_record(
         workdir,
         config=setup.config,
         parameters=count_parameters(setup.template),
         features=setup.features,
+        weights=weights or record.get("weights"),  # read once, by the first start
         data={"source": data.source, "is_sample": data.is_sample, "sha256": data.sha256},
         splits={
             "protocol": setup.config["data"]["protocol"],
@@ -292,8 +296,3 @@ def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
         "step": loop.step,
     }
     return update_run_record(workdir, result=result)
-
-
-def tell(text: str) -> None:
-    """Prints a line for people."""
-    print(text, file=LastingStream(sys.stderr))

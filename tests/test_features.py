@@ -214,6 +214,7 @@ def test_the_run_leaves_what_every_run_leaves(reference, module_config):
     key = json.loads(cache_files(module_config, "about.json")[0].read_text())["key"]
     assert record["features"] == key and key["cut"] == "pooled"
     assert [read["step"] for read in record["test_reads"]] == [TOTAL]
+    assert record["weights"]["variant"] == "torchvision" and "sha256" in record["weights"]
     assert (reference / "curves.png").exists() and (reference / "metrics.csv").exists()
     assert find_step(reference, "latest") == TOTAL
     assert find_step(reference, "best") == find_step(reference / probe.HEAD_FOLDER, "best")
@@ -454,6 +455,7 @@ def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     before = {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")}
     again = probe.train_head(config, workdir)
     assert again.record["result"] == first["result"]
+    assert first["weights"] and again.record["weights"] == first["weights"]
     assert len(again.record["test_reads"]) == 1
     assert len(again.record["starts"]) == len(first["starts"]) + 1
     assert {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")} == before

@@ -13,6 +13,7 @@ from flax import nnx
 
 from cifar_jax import port_weights
 from cifar_jax.errors import UserError
+from cifar_jax.initial import load_initial_weights
 from cifar_jax.models.resnet50 import ResNet50
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import fetch, load, names, ours, port, torch
@@ -116,6 +117,23 @@ def test_what_goes_into_which_model(files, file, expected, unused, fresh):
         np.testing.assert_array_equal(array, values[source], err_msg=name)
 
 
+@pytest.mark.parametrize(("head", "is_taken"), [("pooled", True), ("flatten", False)])
+def test_a_fine_tuned_top_is_a_pooled_head_or_said_to_be_left_out(head, is_taken, tmp_path):
+    values = _random(Structure("torchvision", classes=10))
+    path = tmp_path / "tuned.safetensors"
+    ours.write(path, values, _HEADER)
+    config = {"name": "resnet50", "variant": "torchvision", "preprocessing": "torchvision"}
+    told = []
+    loaded = load_initial_weights(
+        _transfer(head=head), config | {"pretrained": str(path)}, tell=told.append
+    )
+    assert ("not used: backbone.top.bias, backbone.top.kernel" in told[0]) != is_taken
+    assert ("head.logits.kernel" in loaded.values) == is_taken
+    if is_taken:
+        np.testing.assert_array_equal(loaded.values["head.logits.kernel"], values["top.kernel"])
+        np.testing.assert_array_equal(loaded.values["head.logits.bias"], values["top.bias"])
+
+
 @pytest.mark.parametrize(
     ("file", "expected", "message"),
     [
@@ -208,6 +226,8 @@ def test_command_there_and_back_with_certificates(torchvision_file, tmp_path, ca
         (("SOURCE", "a.weights.h5", "--to", "keras"), "only --to torchvision is possible"),
         (("SOURCE", "a.pth", "--to", "torchvision"), "ends in .safetensors"),
         (("SOURCE", "SOURCE"), "is the source itself"),
+        (("SOURCE", "a.safetensors", "--certificate", "SOURCE"), "is the source itself"),
+        (("SOURCE", "a.safetensors", "--certificate", "a.safetensors"), "a file of its own"),
         (("OURS", "a.safetensors"), "ported already; to write it back, add --to torchvision"),
         (("WHOLE", "a.safetensors", "--to", "torchvision"), "no names for a transfer model's head"),
         (("absent.h5", "a.safetensors"), "absent.h5: no such file of weights"),

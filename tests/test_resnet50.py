@@ -80,7 +80,14 @@ def test_training_equals_the_reference(variant, size):
 
 
 def exchange(flat: weights.Flat, first: str, second: str) -> weights.Flat:
-    return flat | {first: flat[second], second: flat[first]}
+    """The values of two variables, or of all below two layers or blocks, in each other's place."""
+    other = {"": "", first: second, second: first}
+
+    def place(path):
+        found = next(p for p in (first, second, "") if path == p or path.startswith(p and f"{p}."))
+        return other[found] + path.removeprefix(found)
+
+    return {place(path): value for path, value in flat.items()}
 
 
 def same_padding(model: ResNet50) -> None:
@@ -97,8 +104,9 @@ def same_padding(model: ResNet50) -> None:
         dict(model=same_padding),
         dict(values=("stage1.block2.conv1.kernel", "stage1.block3.conv1.kernel")),
         dict(values=("stage4.block3.norm1.scale", "stage4.block3.norm1.bias")),
+        dict(values=("stage3.block2", "stage3.block5")),
     ],
-    ids=["stride moved", "epsilon", "BGR", "SAME", "layers exchanged", "gamma and beta"],
+    ids=["stride moved", "epsilon", "BGR", "SAME", "layers", "gamma and beta", "blocks"],
 )
 def test_a_wrong_model_is_seen(variant, changes, monkeypatch):
     """Each mistake that a port can make shows up in the comparison that proves it right."""

@@ -31,9 +31,9 @@ def load_pretrained(
 ) -> Loaded:
     """Reads weights for a model.
 
-    A transfer model takes a whole file of its kind, or a ResNet-50 as its backbone (its head then
-    stays as initialised). A ResNet-50 takes a ResNet-50, or a transfer model's backbone. Nothing
-    else may be missing or left over.
+    A transfer model takes a whole file of its kind, or a ResNet-50 as its backbone: a pooled head
+    then takes a top of as many classes, any other head stays as initialised. A ResNet-50 takes a
+    ResNet-50, or a transfer model's backbone. Nothing else may be missing or left over.
 
     Args:
         expected: {name: anything with shape and dtype} of every parameter and statistic, such as
@@ -50,7 +50,7 @@ def load_pretrained(
             f'config.model.variant is "{variant}", but {path} holds weights of the '
             f'"{weights.header.variant}" variant; set config.model.variant={weights.header.variant}'
         )
-    values = _as_named_in(expected, weights.values)
+    values = _top_as_head(expected, _as_named_in(expected, weights.values))
     of_model, of_file = ({_part(name) for name in names} for names in (expected, values))
     unused = {name for name in values if _part(name) in _OPTIONAL - of_model}
     fresh = {name for name in expected if _part(name) == "head" and "head" not in of_file}
@@ -83,6 +83,20 @@ def _as_named_in(
     if nested == [False, True]:
         return {name.removeprefix(_BACKBONE): array for name, array in values.items()}
     return values
+
+
+def _top_as_head(
+    expected: Mapping[str, Any], values: dict[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Takes a top for the pooled head where it has its shape: both are a layer on the means."""
+    head = {f"{_BACKBONE}top.{leaf}": f"head.logits.{leaf}" for leaf in ("kernel", "bias")}
+    fits = all(
+        top in values and name in expected and values[top].shape == expected[name].shape
+        for top, name in head.items()
+    )
+    if not fits:
+        return values
+    return {head.get(name, name): array for name, array in values.items()}
 
 
 def _part(name: str) -> str:
