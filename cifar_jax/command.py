@@ -115,6 +115,8 @@ def set_up_logging() -> None:
             report(unraisable)
 
     sys.unraisablehook = without_late_callbacks
+    # And of its other writes that failed as well, asyncio tells the same way when they are dropped.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def end(result: "Result", workdir: str, *, module: str) -> None:

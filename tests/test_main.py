@@ -339,3 +339,28 @@ def test_a_whole_command_ends_with_the_table_and_the_next_line(tmp_path, capsys,
     assert "notebook        0.3748      0.3550" in output and "SAMPLE" in output
     assert f"next: {python_command()} -m cifar_jax.predict --workdir={workdir}" in output
     assert f"figure: '{tmp_path}/my run/curves.png'; " in output
+
+
+DROPPED_FAILURE = """
+import asyncio, sys
+from cifar_jax import command
+
+async def fail():
+    raise ValueError("no space left")
+
+async def drop():
+    asyncio.ensure_future(fail())
+    await asyncio.sleep(0.01)
+
+if sys.argv[1:]:
+    command.set_up_logging()
+asyncio.run(drop())
+"""
+
+
+@pytest.mark.parametrize("arguments", [[], ["quiet"]])
+def test_failures_that_orbax_drops_do_not_follow_the_error_line(arguments):
+    """Of several writes that fail it reports one; Python tells of the others at exit."""
+    command = [sys.executable, "-c", DROPPED_FAILURE, *arguments]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stderr
+    assert ("no space left" in told) != bool(arguments)
