@@ -377,6 +377,7 @@ def test_nohup_is_heeded():
     process.communicate()
 
 
+@pytest.mark.slow
 def test_a_terminal_or_pipe_that_is_gone_does_not_end_the_run(module_config, tmp_path):
     """Its reader leaves after the first line; then, in another run, SIGHUP comes as well."""
     process = start_command(module_config, tmp_path / "pipe")
@@ -412,6 +413,7 @@ def test_ctrl_c_prints_the_command_that_goes_on(module_config, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
 def test_a_full_disk_is_one_line(module_config, tmp_path):
     """The file system has room for the first epochs' rows, and not for many checkpoints."""
