@@ -21,7 +21,7 @@ from cifar_jax.errors import RunError, UserError, one_line
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
-REPLACED_FOLDER = ".replaced_checkpoint"  # while the step is saved again
+REPLACED = ".replaced_checkpoint_"  # with the step, while that is saved again
 METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]
 
@@ -41,6 +41,9 @@ class Checkpointer:
 
     def __init__(self, workdir: pathlib.Path, *, keep: int):
         self.workdir = workdir
+        for aside in workdir.glob(f"{REPLACED}*"):  # of a process that was killed meanwhile
+            place = workdir / FOLDER / aside.name.removeprefix(REPLACED)
+            shutil.rmtree(aside) if place.exists() else aside.rename(place)
         latest = policies.LatestN(keep)
         best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -89,7 +92,7 @@ class Checkpointer:
     @contextlib.contextmanager
     def _moved_aside(self, step: int) -> Iterator[None]:
         """Waits for what the block saves in a checkpoint's place; if that fails, puts it back."""
-        place, aside = self.workdir / FOLDER / str(step), self.workdir / REPLACED_FOLDER
+        place, aside = self.workdir / FOLDER / str(step), self.workdir / f"{REPLACED}{step}"
         shutil.rmtree(aside, ignore_errors=True)
         place.rename(aside)
         self.manager.reload()

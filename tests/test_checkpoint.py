@@ -100,7 +100,17 @@ def test_a_step_that_cannot_be_saved_again_is_kept(fails, saved, monkeypatch):
     monkeypatch.undo()
     assert read_checkpoint(saved, 40)[1]["history"] == 40
     assert Checkpointer(saved, keep=2).restore_latest(pytest.fail)[0] == 40
-    assert not (saved / ".replaced_checkpoint").exists()
+    assert not list(saved.glob(".replaced*"))
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_kill_while_a_step_is_saved_again_loses_nothing(is_whole, saved):
+    place, aside = saved / FOLDER / "40", saved / ".replaced_checkpoint_40"
+    shutil.copytree(place, aside)
+    if not is_whole:
+        shutil.rmtree(place)
+    assert Checkpointer(saved, keep=2).restore_latest(pytest.fail)[0] == 40
+    assert not aside.exists()
 
 
 @pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "missing"])
