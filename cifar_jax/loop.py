@@ -6,7 +6,6 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from cifar_jax.data.splits import Split
 from cifar_jax.errors import RunError
 from cifar_jax.metrics import Metrics, Totals
 from cifar_jax.parallel import JitExecution, PmapExecution
-from cifar_jax.plan import is_due, plan_calls
+from cifar_jax.plan import Plan, is_due
 from cifar_jax.recording.recorder import Recorder, SilentRecorder
 from cifar_jax.signals import StopSignal
 from cifar_jax.state import TrainState, to_arrays
@@ -28,32 +27,6 @@ from cifar_jax.state import TrainState, to_arrays
 PROFILE_FOLDER = "profile"
 PROFILED_CALLS = slice(1, 4)  # the first one compiles
 RATES_AT_ONCE = 4096
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Plan:
-    """The run's numbers, durations in steps."""
-
-    seed: int
-    batch_size: int
-    eval_batch_size: int
-    steps_per_call: int
-    steps_per_epoch: int
-    total: int
-    warmup: int
-    evaluate_every: int
-    log_every: int
-    checkpoint_every: int
-
-    def calls(self, start: int) -> Iterator[tuple[int, int]]:
-        """Yields (first step, steps) of each call from `start` on."""
-        periods = [
-            self.steps_per_epoch,
-            self.evaluate_every,
-            self.log_every,
-            self.checkpoint_every,
-        ]
-        return plan_calls(start, self.total, steps_per_call=self.steps_per_call, periods=periods)
 
 
 @dataclasses.dataclass

@@ -17,10 +17,11 @@ from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_sp
 from cifar_jax.errors import UserError, tell
 from cifar_jax.initial import load_initial_weights, start_state
 from cifar_jax.lock import locked
-from cifar_jax.loop import PROFILE_FOLDER, History, Loop, Plan
+from cifar_jax.loop import PROFILE_FOLDER, History, Loop
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 from cifar_jax.parallel import check_batch_size, check_devices, create_execution
+from cifar_jax.plan import Plan, make_plan
 from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recording.metrics_log import JSONL_NAME
 from cifar_jax.recording.recorder import open_recorder
@@ -116,7 +117,9 @@ def set_up(config: dict[str, Any], model: Callable[[], nnx.Module]) -> Setup:
     splits = make_splits(
         data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
     )
-    plan = _make_plan(config, train_count=len(splits["train"]))
+    for key in ("batch_size", "eval_batch_size"):
+        check_batch_size(config[key], key=key)
+    plan = make_plan(config, train_count=len(splits["train"]))
     schedule = make_schedule(
         config["optimizer"]["learning_rate"],
         name=config["schedule"]["name"],
@@ -182,30 +185,6 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         record = _test(loop, workdir)
         checkpointer.close()
         return Result(loop.step, stop.received, record, recorder.rows)
-
-
-def _make_plan(config: dict[str, Any], *, train_count: int) -> Plan:
-    batch_size = config["batch_size"]
-    check_batch_size(batch_size, key="batch_size")
-    check_batch_size(config["eval_batch_size"], key="eval_batch_size")
-    steps_per_epoch = train_count // batch_size
-    if not steps_per_epoch:
-        raise UserError(
-            f"config.batch_size is {batch_size}; expected at most the {train_count} training images"
-        )
-    steps = configuration.durations_in_steps(config, steps_per_epoch)
-    return Plan(
-        seed=config["seed"],
-        batch_size=batch_size,
-        eval_batch_size=config["eval_batch_size"],
-        steps_per_call=config["steps_per_call"],
-        steps_per_epoch=steps_per_epoch,
-        total=steps["train_for"],
-        warmup=steps["warmup"],
-        evaluate_every=steps["evaluate_every"],
-        log_every=steps["log_every"],
-        checkpoint_every=steps["checkpoint_every"],
-    )
 
 
 def _restore(

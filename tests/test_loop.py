@@ -6,9 +6,10 @@ import optax
 import pytest
 
 from cifar_jax import loop as loop_module
-from cifar_jax.loop import RATES_AT_ONCE, History, Loop, Plan
+from cifar_jax.loop import RATES_AT_ONCE, History, Loop
 from cifar_jax.metrics import Metrics
 from cifar_jax.optim import make_schedule
+from cifar_jax.plan import Plan
 from cifar_jax.recording.recorder import SilentRecorder
 from cifar_jax.signals import StopSignal
 
