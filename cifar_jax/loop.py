@@ -55,7 +55,6 @@ class PendingCall:
     steps: int
     metrics: Metrics  # stacked [steps], on the device
     dispatched: float  # seconds, time.perf_counter
-    compiled: bool
 
 
 class Loop:
@@ -142,13 +141,13 @@ class Loop:
 
     def dispatch(self, batch: dict[str, np.ndarray], steps: int) -> None:
         """Starts a call, then fetches the metrics of the one before it."""
-        compiled = steps not in self._compiled_lengths
-        if compiled:
+        if steps not in self._compiled_lengths:
             self.settle()
+            self.execution.compile_train(self.state, batch)  # apart, so that the call is timed
+            self._compiled_lengths.add(steps)
         dispatched = time.perf_counter()
         self.state, metrics = self.execution.train(self.state, batch)
-        call = PendingCall(self.step, steps, metrics, dispatched, compiled)
-        self._compiled_lengths.add(steps)
+        call = PendingCall(self.step, steps, metrics, dispatched)
         self.step += steps
         self.settle()
         self._pending = call
@@ -160,10 +159,10 @@ class Loop:
             return
         metrics = jax.device_get(call.metrics)
         now = time.perf_counter()
-        seconds = None if call.compiled else now - max(call.dispatched, self._settled)
+        seconds = now - max(call.dispatched, self._settled)
         self._settled = now
         self.check_finite(call.start, metrics.loss)
-        self.history.train_seconds += seconds or 0.0
+        self.history.train_seconds += seconds
         totals = Totals()
         for sums in (totals, self.history.since_evaluation, self.history.since_log):
             sums.add(metrics)

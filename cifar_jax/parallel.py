@@ -53,6 +53,10 @@ class JitExecution:
         """Puts a state of host arrays on every device."""
         return jax.device_put(state, self.replicated)
 
+    def compile_train(self, state: TrainState, batches: HostBatch) -> None:
+        """Compiles what `train` runs for these shapes; JAX keeps it for the calls."""
+        self.compiled_train.lower(state, self._put(batches, self.stack_sharding)).compile()
+
     def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
         """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
         return self.compiled_train(state, self._put(batches, self.stack_sharding))
@@ -90,10 +94,13 @@ class PmapExecution:
         )
         return jax.device_put(copies, self.replica_sharding)
 
+    def compile_train(self, state: TrainState, batches: HostBatch) -> None:
+        """Compiles what `train` runs for these shapes; JAX keeps it for the calls."""
+        self.compiled_train.lower(state, self._split_stack(batches)).compile()
+
     def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
         """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
-        split = {name: np.moveaxis(self._split(x, 1), 1, 0) for name, x in batches.items()}
-        state, metrics = self.compiled_train(state, split)
+        state, metrics = self.compiled_train(state, self._split_stack(batches))
         return state, self.to_host_tree(metrics)
 
     def evaluate(self, state: TrainState, batch: HostBatch) -> Metrics:
@@ -105,6 +112,10 @@ class PmapExecution:
         """Returns the first replica: a checkpoint holds no device axis."""
         # Its own shard: `x[0]` of the whole would put a copy of the result on every device.
         return jax.tree.map(lambda x: x.addressable_shards[0].data[0], state)
+
+    def _split_stack(self, batches: HostBatch) -> dict[str, np.ndarray]:
+        """Cuts [steps, B, ...] into [devices, steps, B / devices, ...]."""
+        return {name: np.moveaxis(self._split(x, 1), 1, 0) for name, x in batches.items()}
 
     def _split(self, array: np.ndarray, axis: int) -> np.ndarray:
         """Cuts the batch axis [..., B, ...] into [..., devices, B / devices, ...]."""

@@ -5,6 +5,7 @@ dropout, so that random keys are compared too, and the controls show what a wron
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,26 @@ def test_training_equals_one_device(execution, new_state, stack, single):
     np.testing.assert_allclose(metrics.loss, single[1].loss, rtol=TOLERANCE)
     np.testing.assert_array_equal(metrics.correct, single[1].correct)
     np.testing.assert_array_equal(metrics.count, np.full(STEPS, BATCH))
+
+
+@pytest.mark.parametrize("execution", [JitExecution, PmapExecution])
+def test_what_is_compiled_ahead_is_what_the_calls_run(execution, new_state, stack, caplog):
+    def compiled():
+        found = re.findall(r"Finished XLA compilation of (\S+)", caplog.text)
+        caplog.clear()
+        return set(found)
+
+    execution = execution()
+    state = execution.place(new_state())
+    with jax.log_compiles():
+        compiled()
+        execution.compile_train(state, stack)
+        ahead = compiled()
+        for _ in range(2):  # the second one takes what the first one gave
+            state, _ = execution.train(state, stack)
+        assert ahead and not ahead & compiled()
+        execution.train(state, {name: x[:1] for name, x in stack.items()})
+        assert ahead & compiled()  # the control: another length
 
 
 @pytest.mark.parametrize("execution", [JitExecution, PmapExecution])

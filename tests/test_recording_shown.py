@@ -35,21 +35,21 @@ def report(progress, step, seconds, steps=50):
     progress.update(step, loss=2.5, accuracy=0.125, seconds=seconds, steps=steps)
 
 
-def test_piped_lines_come_at_epoch_ends_and_leave_out_compilation(clock):
+def test_piped_lines_come_at_epoch_ends(clock):
     stream = io.StringIO()
     progress = Progress(**RUN, stream=stream)
-    report(progress, 50, None)
+    report(progress, 50, 0.5)
     assert stream.getvalue() == ""
     report(progress, 100, 0.5)
     progress.message("saved")
     report(progress, 150, 0.25)
     report(progress, 200, 0.25)
     progress.close()
-    # 50 steps in 0.5 s, then 150 in 1 s: 4,800 images/s, and 100 steps left take 0.67 s.
+    # 100 steps in 1 s, then 200 in 1.5 s: 4,267 images/s, and 100 steps left take 0.75 s.
     assert stream.getvalue().splitlines() == [
         "epoch 1/3 step 100/300 ETA 00:02 3.20k img/s loss 2.5000 acc 0.1250",
         "saved",
-        "epoch 2/3 step 200/300 ETA 00:00 4.80k img/s loss 2.5000 acc 0.1250",
+        "epoch 2/3 step 200/300 ETA 00:00 4.27k img/s loss 2.5000 acc 0.1250",
     ]
 
 
@@ -88,7 +88,7 @@ def test_terminal_shows_a_bar_that_messages_do_not_tear():
     master, stream = open_terminal(120)
     with stream:
         progress = Progress(**{**RUN, "start_step": 100}, stream=stream)
-        report(progress, 150, None)
+        report(progress, 150, 0.5)
         progress.message("checkpoint saved")
         report(progress, 250, 1.0, steps=100)
         progress.close()
@@ -104,7 +104,7 @@ def test_terminal_shows_a_bar_that_messages_do_not_tear():
     filled, empty = re.search(r"\|(\S+)(\s*)\|", last).groups()
     assert len(filled) / len(filled + empty) == pytest.approx(250 / 300, abs=0.02)
     assert any(re.match(r"epoch 1/3 \|.*\| 100/300", part) for part in drawn)
-    assert not any("img/s" in part for part in drawn if " 150/300" in part)
+    assert all("img/s" in part for part in drawn if " 150/300" in part)
     assert output.endswith("\n")
 
 

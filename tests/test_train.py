@@ -53,6 +53,8 @@ def test_a_run_leaves_all_that_it_should(reference):
     record, rows = read_run_record(reference), read_rows(reference)
     assert [row["step"] for row in rows if row["event"] == "evaluation"] == [45, 90]
     assert [row["step"] for row in rows if row["event"] == "train"] == [15, 30, 45, 60, 75, 90]
+    seconds = [row["train_seconds"] for row in rows if row["event"] == "train"]
+    assert 0 < seconds[0] and seconds == sorted(set(seconds))  # the first call counts as well
     assert record["data"]["is_sample"] and "sample" in record["data"]["source"]
     assert record["splits"]["sizes"] == {"train": 1440, "validation": 160, "test": 400}
     assert record["parameters"] == 3072 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10

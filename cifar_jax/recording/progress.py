@@ -107,7 +107,7 @@ class Progress:
             )
 
     def update(
-        self, step: int, *, loss: float, accuracy: float, seconds: float | None, steps: int
+        self, step: int, *, loss: float, accuracy: float, seconds: float, steps: int
     ) -> None:
         """Reports one finished call of the training step.
 
@@ -115,13 +115,11 @@ class Progress:
             step: finished steps, those of this call included.
             loss: mean training loss of the call.
             accuracy: training accuracy of the call, 0..1.
-            seconds: what the call took; None for one that also compiled: it does not count in
-                speed and time left.
+            seconds: what the call took, without compilation.
             steps: steps of the call.
         """
-        if seconds is not None:
-            self._counted_steps += steps
-            self._counted_seconds += seconds
+        self._counted_steps += steps
+        self._counted_seconds += seconds
         before, self._step = self._step, step
         status = f"{self._speed()} loss {loss:.4f} acc {accuracy:.4f}"
         if self._bar is not None:
@@ -153,12 +151,10 @@ class Progress:
         return f"epoch {epoch}/{epochs} {middle} {self._step}/{self._total_steps}"
 
     def _speed(self) -> str:
-        """Time left and speed, from calls that did not compile.
+        """Time left and speed.
 
         They come first and are short, so that a terminal of 80 columns has room for everything.
         """
-        if not self._counted_seconds:
-            return ""
         steps_per_second = self._counted_steps / self._counted_seconds
         left = tqdm.format_interval((self._total_steps - self._step) / steps_per_second)
         return f" ETA {left} {tqdm.format_sizeof(steps_per_second * self._batch_size)} img/s"
