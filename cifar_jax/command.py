@@ -54,7 +54,7 @@ def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
     """
     try:
         values = define_flags()
-        rest = values(sys.argv)[1:]
+        rest = values([_expand_home(argument) for argument in sys.argv])[1:]
         if values.config is not None:
             values.config.keys()  # a file that could not be read says so only when it is used
     # A configuration file is a program: reading it may raise anything.
@@ -69,6 +69,12 @@ def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
         if not values[name].value:
             raise UserError(f"--{name} is missing; for example --{name}={example}")
     return values
+
+
+def _expand_home(argument: str) -> str:
+    """A shell leaves the ~ of --config=~/own.py as it is."""
+    name, equals, path = argument.partition("=")
+    return name + equals + os.path.expanduser(path) if name.strip("-") == "config" else argument
 
 
 def _reason(text: str) -> str:

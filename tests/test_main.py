@@ -278,6 +278,15 @@ def test_bad_input_is_one_line_and_changes_nothing(case, place, capsys, monkeypa
     assert not list(place.rglob("*tmp*"))
 
 
+@pytest.mark.parametrize("flag", ["--config=", "-config="])
+def test_a_configuration_in_the_home_folder_is_found(flag, place, capsys, monkeypatch):
+    """With a field that only this file lacks; other fields are read behind it, as ever."""
+    monkeypatch.setenv("HOME", str(place))
+    arguments = [f"{flag}~/own.py", "--workdir=new", "--config.seed=3"]
+    code, errors = run_command("main", arguments, capsys, monkeypatch)
+    assert code == 2 and errors.startswith("error: config.optimizer.decay is missing")
+
+
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_quick_and_names_every_field(flag):
     """No time is taken: what makes a command slow to answer is what it imports."""
