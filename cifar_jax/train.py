@@ -154,7 +154,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         workdir, setup.config, features=setup.features, checkpoints=setup.checkpoints
     )
     checkpointer = Checkpointer(workdir / setup.checkpoints, keep=setup.config["keep_checkpoints"])
-    state, history, weights = _restore(setup, checkpointer, workdir)
+    setup, state, history, weights = _restore(setup, checkpointer, workdir, record=record)
     _record_start(setup, workdir, record, step=int(state.step), weights=weights)
     with open_recorder(
         workdir,
@@ -188,14 +188,18 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
 
 
 def _restore(
-    setup: Setup, checkpointer: Checkpointer, workdir: pathlib.Path
-) -> tuple[TrainState, History, dict[str, Any] | None]:
-    """Starts from the workdir's latest whole checkpoint, or pretrained weights, or from scratch."""
+    setup: Setup, checkpointer: Checkpointer, workdir: pathlib.Path, *, record: dict[str, Any]
+) -> tuple[Setup, TrainState, History, dict[str, Any] | None]:
+    """Starts from the workdir's latest whole checkpoint, or pretrained weights, or from scratch.
+
+    Returns:
+      The setup of the run as it was first started, its state and history, and what its weights are.
+    """
     restored = checkpointer.restore_latest(lambda text: tell(f"warning: {text}"))
     if restored is None:
         loaded = setup.pretrained()
         about = loaded and dataclasses.asdict(loaded.header)
-        return start_state(setup.create, loaded and loaded.values), History(), about
+        return setup, start_state(setup.create, loaded and loaded.values), History(), about
     step, arrays, saved = restored
     ours = setup.identity()
     configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
@@ -214,7 +218,16 @@ def _restore(
         )
     checkpointer.move_aside_after(step)
     state = from_arrays(setup.template, arrays, origin=f"checkpoint {step} of {workdir}")
-    return state, History.from_json(saved["history"]), None
+    setup = dataclasses.replace(setup, config=_with_origin(setup.config, saved["config"]))
+    return setup, state, History.from_json(saved["history"]), record.get("weights")
+
+
+def _with_origin(config: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """Keeps where the weights came from: they were read once, by the first start."""
+    asked, origin = (each["model"]["pretrained"] for each in (config, saved))
+    if asked != origin:
+        tell(f'note: config.model.pretrained is "{asked}"; this run started from "{origin}"')
+    return {**config, "model": {**config["model"], "pretrained": origin}}
 
 
 def _record_start(
@@ -226,7 +239,7 @@ def _record_start(
         config=setup.config,
         parameters=count_parameters(setup.template),
         features=setup.features,
-        weights=weights or record.get("weights"),  # read once, by the first start
+        weights=weights,
         data={"source": data.source, "is_sample": data.is_sample, "sha256": data.sha256},
         splits={
             "protocol": setup.config["data"]["protocol"],

@@ -277,11 +277,17 @@ def test_weights_and_images_have_a_folder_of_their_own(module_config):
     assert folder(module_config, images={"train": "aa", "test": "bc"}) != usual
 
 
-def test_other_weights_are_not_mixed_in(quick, tmp_path, quick_backbone):
+def test_other_weights_are_not_mixed_in(quick, tmp_path, quick_backbone, capsys):
     """Another path may be given to the same numbers; other numbers are other features."""
-    config, workdir = quick
+    config, finished = quick
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
     shutil.copy(config.model.pretrained, tmp_path / "copy.safetensors")
+    capsys.readouterr()
     probe.train_head(changed(config, model__pretrained=str(tmp_path / "copy.safetensors")), workdir)
+    assert f'this run started from "{config.model.pretrained}"' in capsys.readouterr().err
+    record = read_run_record(workdir)
+    assert record["config"]["model"]["pretrained"] == config.model.pretrained
     write_weights(tmp_path / "other.safetensors", factor=1.01)
     other = changed(config, model__pretrained=str(tmp_path / "other.safetensors"))
     with pytest.raises(UserError, match="a head on other features: weights_sha256 was"):
