@@ -183,6 +183,13 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
     return arrays, extra
 
 
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+    """Tells whether a run has left one; also one that a killed process had moved aside."""
+    folder = workdir / FOLDER
+    found = folder.is_dir() and ocp.utils.checkpoint_steps(folder)
+    return bool(found) or any(workdir.glob(f"{REPLACED}*"))
+
+
 def find_step(workdir: pathlib.Path, which: str) -> int:
     """Returns the step of the "latest" checkpoint, or of the "best" on validation.
 
@@ -219,8 +226,7 @@ def _guard(workdir: pathlib.Path, action: Callable[[], Any]) -> Any:
     # Failures of the background write come wrapped in whatever orbax and tensorstore raise.
     except Exception as error:
         folder = workdir / FOLDER
-        some = folder.is_dir() and ocp.utils.checkpoint_steps(folder)
-        earlier = "; earlier checkpoints are untouched" if some else ""
+        earlier = "; earlier checkpoints are untouched" if has_checkpoints(workdir) else ""
         raise RunError(
             f"{folder}: the checkpoint could not be written ({one_line(error)}){earlier}"
         ) from error

@@ -1,14 +1,36 @@
 """The state that a new run starts from: pretrained weights, and else what the model draws."""
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from cifar_jax.errors import UserError
 from cifar_jax.pretrained.fetch import resolve
 from cifar_jax.pretrained.load import Loaded, load_pretrained
 from cifar_jax.state import MODEL_PARTS, TrainState, model_leaves
+
+
+def find_weights(config: Mapping[str, Any]) -> Path | None:
+    """Returns the file that `config.model.pretrained` means, downloaded if need be.
+
+    Args:
+      config: `config.model`.
+
+    Returns:
+      Its path; None where the model starts without one.
+
+    Raises:
+      UserError: where it is missing and cannot be had, or has not the published hash.
+    """
+    if config["name"] != "resnet50" or config["pretrained"] == "none":
+        return None
+    try:
+        return resolve(config["pretrained"])
+    except UserError as error:
+        raise type(error)(f"config.model.pretrained: {error}") from error
 
 
 def load_initial_weights(
@@ -27,9 +49,9 @@ def load_initial_weights(
     Raises:
       UserError: if the file is missing, damaged, of another variant, or does not fit the model.
     """
-    if config["name"] != "resnet50" or config["pretrained"] == "none":
+    path = find_weights(config)
+    if path is None:
         return None
-    path = resolve(config["pretrained"])
     loaded = load_pretrained(expected, path, variant=config["variant"])
     header = loaded.header
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""

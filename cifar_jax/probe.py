@@ -14,16 +14,17 @@ from flax import nnx
 from cifar_jax import config as configuration
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
-from cifar_jax.checkpoint import Checkpointer, find_step, read_checkpoint
+from cifar_jax.checkpoint import Checkpointer, find_step, has_checkpoints, read_checkpoint
 from cifar_jax.data.splits import Split
 from cifar_jax.errors import UserError
 from cifar_jax.feature_cache import FeatureCache
-from cifar_jax.initial import load_initial_weights
+from cifar_jax.initial import find_weights, load_initial_weights
 from cifar_jax.lock import locked
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import HeadClassifier
 from cifar_jax.parallel import check_devices
 from cifar_jax.recording.progress import Counter
+from cifar_jax.recording.run_record import field, has_run_record, read_run_record
 from cifar_jax.signals import StopSignal
 from cifar_jax.state import model_leaves, named_leaves, split_model
 from cifar_jax.train import Result, Setup, run, set_up, tell
@@ -56,6 +57,8 @@ def train_head(
     _check_model(plain["model"])
     workdir = pathlib.Path(workdir).expanduser().absolute()
     check_devices()
+    if not has_checkpoints(workdir / HEAD_FOLDER):
+        find_weights(plain["model"])  # a file that is missing is told before images are fetched
 
     def whole_model():
         return create_model(plain["model"], seed=plain["seed"])
@@ -63,16 +66,13 @@ def train_head(
     with jax.default_matmul_precision(config.matmul_precision):
         # The head starts as the one in the whole model of this seed does.
         setup = set_up(plain, lambda: HeadClassifier(whole_model().head))
+        setup = dataclasses.replace(setup, checkpoints=HEAD_FOLDER)
+        if features := _features_of_finished(setup, workdir):
+            setup = dataclasses.replace(setup, features=features)
+            with locked(workdir, setting="--workdir"), StopSignal() as stop:
+                return run(setup, workdir, stop=stop, profile=profile)
         _, template = split_model(nnx.eval_shape(whole_model))
-        loaded = load_initial_weights(model_leaves(template), plain["model"], tell=tell)
-        head = {name: x for name, x in loaded.values.items() if name.startswith("head.")}
-        backbone = Backbone(plain["model"], loaded.values)
-        setup = dataclasses.replace(
-            setup,
-            pretrained=lambda: dataclasses.replace(loaded, values=head),
-            features=feature_key(plain, backbone, images_sha256=setup.data.sha256),
-            checkpoints=HEAD_FOLDER,
-        )
+        setup, backbone = _load_weights(setup, template)
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             # Before features are computed, which may take hours.
             check_workdir(workdir, plain, features=setup.features, checkpoints=HEAD_FOLDER)
@@ -84,6 +84,40 @@ def train_head(
             if result.stopped_by is None:
                 _write_whole_model(workdir, backbone.values, template)
             return result
+
+
+def _load_weights(setup: Setup, template: Mapping[str, Any]) -> tuple[Setup, Backbone]:
+    """Reads the backbone; adds to the setup the features' key, and a head that the file holds."""
+    config = setup.config["model"]
+    loaded = load_initial_weights(model_leaves(template), config, tell=tell)
+    head = {name: x for name, x in loaded.values.items() if name.startswith("head.")}
+    backbone = Backbone(config, loaded.values)
+    setup = dataclasses.replace(
+        setup,
+        pretrained=lambda: dataclasses.replace(loaded, values=head),
+        features=feature_key(setup.config, backbone, images_sha256=setup.data.sha256),
+    )
+    return setup, backbone
+
+
+def _features_of_finished(setup: Setup, workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Gives what the features of a finished run depend on, as its record has it.
+
+    Such a run is shown without its weights' file and features: nothing is left to do with them.
+
+    Returns:
+      None where anything is left to train, test or write, or another file is named now, whose
+      numbers must be compared.
+    """
+    record = read_run_record(workdir) if has_run_record(workdir) else {}
+    asked, total = setup.config["model"]["pretrained"], setup.plan.total
+    finished = (
+        field(record, "result.step") == total
+        and field(record, "config.model.pretrained") == asked
+        and _is_whole(workdir / HEAD_FOLDER, total)
+        and all(_is_whole(workdir, step) for step in _steps_of_whole_model(workdir))
+    )
+    return record.get("features") if finished else None
 
 
 def feature_key(
@@ -161,7 +195,7 @@ def _write_whole_model(
     workdir: pathlib.Path, backbone: Mapping[str, np.ndarray], template: Mapping[str, Any]
 ) -> None:
     """Puts the latest and the best head behind the backbone, as checkpoints of the whole model."""
-    steps = sorted({find_step(workdir / HEAD_FOLDER, which) for which in ("best", "latest")})
+    steps = _steps_of_whole_model(workdir)
     if all(_is_whole(workdir, step) for step in steps):
         return
     # All of it, because steps can only be added in order; the heads are kept.
@@ -178,6 +212,10 @@ def _write_whole_model(
         checkpointer.save(step, arrays, extra, accuracy=accuracy)
     checkpointer.wait()
     checkpointer.close()
+
+
+def _steps_of_whole_model(workdir: pathlib.Path) -> list[int]:
+    return sorted({find_step(workdir / HEAD_FOLDER, which) for which in ("best", "latest")})
 
 
 def _is_whole(workdir: pathlib.Path, step: int) -> bool:

@@ -11,11 +11,11 @@ import optax
 from flax import nnx
 
 from cifar_jax import config as configuration
-from cifar_jax.checkpoint import Checkpointer
+from cifar_jax.checkpoint import Checkpointer, has_checkpoints
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
 from cifar_jax.errors import UserError, tell
-from cifar_jax.initial import load_initial_weights, start_state
+from cifar_jax.initial import find_weights, load_initial_weights, start_state
 from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop
 from cifar_jax.models.registry import create_model
@@ -65,13 +65,16 @@ def train_and_evaluate(
       profile: writes a trace of a few calls to `workdir/profile`.
 
     Raises:
-      UserError: for a wrong configuration, missing data, a workdir in use or of another run.
+      UserError: for a wrong configuration, missing weights or data, a workdir in use or of another
+        run.
       RunError: when the loss is not finite or a checkpoint cannot be written.
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir).expanduser().absolute()
     check_devices()
     plain = configuration.to_dict(config)
+    if not has_checkpoints(workdir):
+        find_weights(plain["model"])  # a file that is missing is told before images are fetched
     with jax.default_matmul_precision(config.matmul_precision):
         setup = set_up(plain, lambda: create_model(plain["model"], seed=plain["seed"]))
         with locked(workdir, setting="--workdir"), StopSignal() as stop:

@@ -4,10 +4,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import orbax.checkpoint as ocp
-
 from cifar_jax import config as configuration
-from cifar_jax.checkpoint import FOLDER
+from cifar_jax.checkpoint import FOLDER, has_checkpoints
 from cifar_jax.errors import UserError
 from cifar_jax.recording.metrics_log import CSV_NAME, JSONL_NAME, TENSORBOARD_NAME, read_rows
 from cifar_jax.recording.recorder import CURVES
@@ -46,8 +44,7 @@ def check_workdir(
     read_rows(workdir)  # a damaged line is told before anything is written
     if "config" in record:
         _check_features(workdir, features, record.get("features"))
-    folder = workdir / checkpoints / FOLDER
-    if not (folder.is_dir() and ocp.utils.checkpoint_steps(folder)):
+    if not has_checkpoints(workdir / checkpoints):
         _check_without_checkpoints(workdir, record, config)
     return record
 

@@ -1,5 +1,6 @@
 """A head on cached features: the features are the backbone's, and the cache survives anything."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -126,6 +127,17 @@ def quick_backbone(monkeypatch):
 @pytest.fixture
 def no_backbone(monkeypatch):
     monkeypatch.setattr(Backbone, "_program", lambda *_: pytest.fail("the backbone was used"))
+
+
+@contextlib.contextmanager
+def without_weights(config):
+    """Their file lies elsewhere meanwhile."""
+    path = pathlib.Path(config.model.pretrained)
+    path.rename(path.with_suffix(".elsewhere"))
+    try:
+        yield
+    finally:
+        path.with_suffix(".elsewhere").rename(path)
 
 
 def cache_files(config, pattern="*.npy"):
@@ -459,7 +471,14 @@ def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     shutil.copytree(finished, workdir)
     first = read_run_record(workdir)
     before = {path: path.stat().st_mtime_ns for path in (workdir / FOLDER).rglob("*")}
-    again = probe.train_head(config, workdir)
+    elsewhere = changed(config, data__directory=str(tmp_path))  # and its features are not there
+    with without_weights(config):
+        again = probe.train_head(elsewhere, workdir)
+        with pytest.raises(UserError, match="no.pth: no such file of weights"):
+            probe.train_head(changed(elsewhere, model__pretrained="no.pth"), workdir)
+        with pytest.raises(UserError, match="data.split_seed was 42 and is 3"):
+            probe.train_head(changed(elsewhere, data__split_seed=3), workdir)
+    assert not (tmp_path / "features").exists()
     assert again.record["result"] == first["result"]
     assert first["weights"] and again.record["weights"] == first["weights"]
     assert len(again.record["test_reads"]) == 1
@@ -603,6 +622,19 @@ BAD = {
     "a data folder that is a file": (["--config.data.directory=text.txt"], "text.txt"),
     "no flags": (None, "--config is missing; for example --config=configs/resnet50_probe.py"),
 }
+
+
+@pytest.mark.parametrize("command", [features, main])
+def test_missing_weights_are_told_before_images_are_looked_for(
+    command, module_config, tmp_path, capsys, monkeypatch
+):
+    for module in ("train", "data.sources"):
+        monkeypatch.setattr(f"cifar_jax.{module}.load", lambda *_: pytest.fail("images were read"))
+    arguments = [*flags_of(module_config, tmp_path / "new"), "--config.model.pretrained=no.pth"]
+    code, _, errors = run_command(command, arguments, capsys, monkeypatch)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert errors.startswith("error: config.model.pretrained: no.pth: no such file of weights")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
+from cifar_jax.checkpoint import FOLDER, REPLACED, find_step, read_checkpoint
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.loop import Loop
@@ -161,6 +161,38 @@ def test_a_damaged_latest_checkpoint_costs_only_its_steps(
     assert_same_run(tmp_path, reference)
 
 
+def test_where_the_weights_came_from_is_kept(module_config, tmp_path, capsys):
+    """The file may have moved: it was read by the first start, and no other one needs it."""
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "1 epoch"
+    train_and_evaluate(config, tmp_path)
+    assert "note: " not in capsys.readouterr().err
+    config.train_for = "2 epochs"
+    config.model.pretrained = "moved.pth"
+    train_and_evaluate(config, tmp_path)
+    note = 'note: config.model.pretrained is "moved.pth"; this run started from "none"'
+    assert capsys.readouterr().err.splitlines().count(note) == 1
+    for saved in (read_run_record(tmp_path), read_checkpoint(tmp_path, TOTAL)[1]):
+        assert saved["config"]["model"]["pretrained"] == "none"
+
+
+def test_only_a_new_run_needs_its_weights(module_config, reference, tmp_path, monkeypatch):
+    """Nor one whose only checkpoint was set aside by a process that was killed in that instant."""
+
+    def missing(config):
+        raise UserError("no weights")
+
+    monkeypatch.setattr("cifar_jax.train.find_weights", missing)
+    with pytest.raises(UserError, match="no weights"):
+        train_and_evaluate(module_config, tmp_path / "new")
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    train_and_evaluate(module_config, workdir)
+    shutil.rmtree(workdir / FOLDER / "45", ignore_errors=True)
+    (workdir / FOLDER / str(TOTAL)).rename(workdir / f"{REPLACED}{TOTAL}")
+    assert train_and_evaluate(module_config, workdir).step == TOTAL
+
+
 def test_a_longer_run_goes_on_from_a_finished_one(module_config, tmp_path):
     config = module_config.copy_and_resolve_references()
     config.train_for = "1 epoch"
@@ -205,11 +237,11 @@ def test_without_checkpoints_only_the_same_unfinished_run_starts_anew(
         with pytest.raises(UserError, match="a finished run whose checkpoints are gone"):
             train_and_evaluate(config, workdir)
     assert {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()} == before
-    update_run_record(workdir, result=None)
+    update_run_record(workdir, result=None, weights={"source": "of the start that was killed"})
     with pytest.raises(UserError, match="seed was 0 and is 9"):
         train_and_evaluate(other, workdir)
     result = train_and_evaluate(module_config, workdir)
-    assert result.step == TOTAL
+    assert result.step == TOTAL and result.record["weights"] is None
     assert_same_run(workdir, reference)
 
 
