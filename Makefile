@@ -6,6 +6,8 @@ REQUIREMENTS := $(if $(shell nvidia-smi -L 2>/dev/null),requirements.txt,require
 WORKDIR ?= runs/mlp
 # ImageNet weights for `make transfer`: "torchvision" fetches the published file.
 WEIGHTS ?= $(or $(CIFAR_JAX_WEIGHTS),torchvision)
+# Further flags of the command that trains, such as --config.seed=1.
+FLAGS :=
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -14,6 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
 	@echo "make transfer   fine-tune a pretrained ResNet-50 for about an hour (WEIGHTS=$(WEIGHTS))"
+	@echo "                both pass on FLAGS, such as FLAGS=--config.seed=1"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long ones"
 	@echo "make lint       ruff"
@@ -33,16 +36,19 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 train: $(VENV)/installed
 	@source=$$($(BIN)/python -m cifar_jax.fetch_data --or-sample) || exit; \
 	if [ "$$source" = auto ]; then \
-	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR); \
+	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR) $(FLAGS); \
 	else \
 	  echo "CIFAR-10 is not to be had here: training on the small SAMPLE that ships with the package."; \
 	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR)-sample \
-	    --config.data.source=sample --config.steps_per_call=45; \
+	    --config.data.source=sample --config.steps_per_call=45 $(FLAGS); \
 	fi
 
 transfer: $(VENV)/installed
-	$(BIN)/python -m cifar_jax.main --config=configs/resnet50_laptop.py \
-	  --workdir=runs/resnet50_laptop "--config.model.pretrained=$(WEIGHTS)"
+	@$(BIN)/python -m cifar_jax.main --config=configs/resnet50_laptop.py \
+	  --workdir=runs/resnet50_laptop "--config.model.pretrained=$(WEIGHTS)" $(FLAGS) || { \
+	  code=$$?; \
+	  [ $$code != 2 ] || echo 'with make: make transfer WEIGHTS=FILE FLAGS="--config.NAME=VALUE ..."' >&2; \
+	  exit $$code; }
 
 test: $(VENV)/installed-dev lint
 	$(PYTEST) --cov=cifar_jax --cov-report=term --cov-fail-under=90
