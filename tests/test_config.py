@@ -1,6 +1,7 @@
 """Configurations: durations, rules, and what a resumed run may change."""
 
 import dataclasses
+import tomllib
 
 import ml_collections
 import pytest
@@ -14,6 +15,7 @@ from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig
 from cifar_jax.train import train_and_evaluate
 from configs import common, mlp, resnet50
+from tests.runs import ROOT
 
 
 @pytest.mark.parametrize(
@@ -115,3 +117,13 @@ def test_what_a_resumed_run_may_change(changes, differing):
     else:
         with pytest.raises(UserError, match=differing):
             check()
+
+
+def test_a_wheel_holds_the_configurations():
+    """Without them an installed package can train nothing."""
+    setuptools = pytest.importorskip("setuptools")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    find = project["tool"]["setuptools"]["packages"]["find"]
+    found = setuptools.find_namespace_packages(str(ROOT), **find)
+    assert {"cifar_jax", "cifar_jax.models", "configs"} <= set(found)
+    assert {name.partition(".")[0] for name in found} == {"cifar_jax", "configs"}
