@@ -36,8 +36,8 @@ def calls(monkeypatch):
     """Puts the stand-in where the trained model is loaded; returns how it was asked for."""
     calls = []
 
-    def load_trained(workdir, checkpoint="latest"):
-        calls.append((workdir, checkpoint))
+    def load_trained(workdir, checkpoint="latest", *, weights=None):
+        calls.append((workdir, checkpoint) if weights is None else weights)
         return ShadeModel()
 
     module = types.ModuleType("cifar_jax.trained")
@@ -119,7 +119,7 @@ def test_nothing_is_loaded_for_bad_pictures_alone(pictures, calls, capsys):
 
 
 def test_bad_workdir_is_one_line(pictures, monkeypatch, capsys):
-    def load_trained(workdir, checkpoint="latest"):
+    def load_trained(workdir, checkpoint="latest", *, weights=None):
         raise UserError(f"{workdir}: no checkpoint")
 
     module = types.ModuleType("cifar_jax.trained")
@@ -148,7 +148,7 @@ class Even:
     def probabilities(self, images):
         return np.full((len(images), 10), 0.1, np.float32)
 module = types.ModuleType("cifar_jax.trained")
-module.load_trained = lambda *_: Even()
+module.load_trained = lambda *_, **__: Even()
 sys.modules["cifar_jax.trained"] = module
 from cifar_jax import predict
 predict.main()
