@@ -76,6 +76,14 @@ def test_predict_images_keeps_order_and_duplicates(pictures, calls):
     assert predict.predict_images([], workdir="run") == []
 
 
+def test_a_file_of_weights_takes_the_place_of_a_workdir(pictures, calls, capsys):
+    path = pictures / "bright.png"
+    predict.main(["--weights=a.safetensors", str(path)])
+    assert capsys.readouterr().out.startswith(f"{path}: truck")
+    assert predict.predict_image(path, weights="b.safetensors") == "truck"
+    assert calls == ["a.safetensors", "b.safetensors"]
+
+
 def test_functions_raise_for_a_bad_picture(pictures, calls):
     with pytest.raises(UserError, match="bad.png"):
         predict.predict_images([pictures / "dark.png", pictures / "bad.png"], workdir="run")
@@ -132,7 +140,14 @@ def test_bad_workdir_is_one_line(pictures, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--workdir=run"], ["a.png"], ["--workdir=run", "--checkpoint=first", "a"]]
+    "arguments",
+    [
+        [],
+        ["--workdir=run"],
+        ["a.png"],
+        ["--workdir=run", "--checkpoint=first", "a"],
+        ["--workdir=run", "--weights=a.safetensors", "a.png"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
