@@ -1,57 +1,95 @@
-"""Evaluate a checkpoint on one split, every image counted once.
+"""Evaluate a checkpoint on one split, every image counted once; or a file of weights.
 
     python -m cifar_jax.evaluate --workdir=runs/mlp --split=validation --checkpoint=best
+    python -m cifar_jax.evaluate --weights=mine.safetensors --split=test
 
-Choose on validation: every reading of the test split is noted in the run's run.json.
+Choose on validation: every reading of the test split is noted in the run's run.json. A file does
+not say which images trained it, so it is evaluated on the official test images alone.
 """
 
 import argparse
 import json
+import os
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
 
+if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
+    from cifar_jax.data.splits import Split
+    from cifar_jax.trained import Trained
+
+FILE_BATCH_SIZE = 128  # images; of a run, its own
+
 
 def evaluate(
-    workdir: str | pathlib.Path, *, split: str = "validation", checkpoint: str = "latest"
+    workdir: str | os.PathLike | None = None,
+    *,
+    split: str = "validation",
+    checkpoint: str = "latest",
+    weights: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """Returns step, loss, accuracy and count of a run's checkpoint on a split.
+    """Returns step (of a run), loss, accuracy and count on a split.
 
     Args:
       workdir: of the run.
       split: "train", "validation" or "test".
       checkpoint: "latest", or "best" on validation.
+      weights: in place of a workdir, a file from `port_weights`; `split` must be "test" then, and
+        means the official 10,000 images.
 
     Raises:
-      UserError: without such a checkpoint, or if the run's images or splits cannot be had again.
+      UserError: without such a checkpoint or file, or if the images or splits cannot be had.
     """
     from cifar_jax.data.pipeline import eval_batches
-    from cifar_jax.data.sources import load
-    from cifar_jax.data.splits import fingerprint, make_splits
     from cifar_jax.losses import cross_entropy
     from cifar_jax.metrics import Metrics, Totals
-    from cifar_jax.recording.run_record import count_test_read
     from cifar_jax.trained import load_trained
 
-    workdir = pathlib.Path(workdir).expanduser()
-    trained = load_trained(workdir, checkpoint)
-    config = trained.extra["config"]
-    data = load(config["data"]["source"], config["data"]["directory"])
-    splits = make_splits(
-        data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
-    )
+    if weights is not None and split != "test":
+        raise UserError(
+            f"{weights} does not say which images trained it, and only the official test images "
+            "are sure to be new to it: add --split=test"
+        )
+    trained = load_trained(workdir, checkpoint, weights=weights)
+    if weights is None:
+        images = _split_of_run(pathlib.Path(workdir).expanduser(), trained, split, checkpoint)
+        batch_size = trained.extra["config"]["eval_batch_size"]
+    else:
+        images, batch_size = _official_test(), FILE_BATCH_SIZE
+    totals = Totals()
+    for batch in eval_batches(images, batch_size=batch_size):
+        logits = trained.logits(batch["image"])
+        losses = cross_entropy(logits, batch["label"])
+        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
+    step = {} if trained.step is None else {"step": trained.step}
+    return {**step, **totals.means(), "count": totals.count}
+
+
+def _split_of_run(
+    workdir: pathlib.Path, trained: "Trained", split: str, checkpoint: str
+) -> "Split":
+    """Returns the images of a run's own split; a reading of the test split is noted."""
+    from cifar_jax.data.sources import load
+    from cifar_jax.data.splits import fingerprint, make_splits
+    from cifar_jax.recording.run_record import count_test_read
+
+    config = trained.extra["config"]["data"]
+    data = load(config["source"], config["directory"])
+    splits = make_splits(data, protocol=config["protocol"], seed=config["split_seed"])
     found = {"splits_sha256": fingerprint(splits), "data_sha256": data.sha256}
     if any(trained.extra[key] != value for key, value in found.items()):
         raise UserError(f"{workdir} was trained on other images or splits than {data.source} gives")
     if split == "test":
         count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
-    totals = Totals()
-    for batch in eval_batches(splits[split], batch_size=config["eval_batch_size"]):
-        logits = trained.logits(batch["image"])
-        losses = cross_entropy(logits, batch["label"])
-        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
-    return {"step": trained.step, **totals.means(), "count": totals.count}
+    return splits[split]
+
+
+def _official_test() -> "Split":
+    from cifar_jax.data.sources import load
+    from cifar_jax.data.splits import make_splits
+
+    return make_splits(load(), protocol="standard", seed=0)["test"]  # unshuffled
 
 
 def main() -> None:
@@ -61,7 +99,9 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--workdir", required=True, help="folder of the run")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="folder of the run")
+    model.add_argument("--weights", help="or a file that cifar_jax.port_weights has written")
     parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     parser.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     options = parser.parse_args()

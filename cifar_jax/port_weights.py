@@ -1,22 +1,56 @@
-"""Ports published ResNet-50 weights to our format, or ours back, and certifies what was done.
+"""Ports ResNet-50 weights, published ones or a run's, and certifies what was done.
 
 python -m cifar_jax.port_weights resnet50-0676ba61.pth resnet50.safetensors
 python -m cifar_jax.port_weights keras resnet50.safetensors
 python -m cifar_jax.port_weights resnet50.safetensors resnet50.weights.h5 --to keras
+python -m cifar_jax.port_weights runs/resnet50 mine.safetensors --checkpoint best
+
+What Keras fine-tuned, predict and evaluate can use once it is known what its images went through:
+
+python -m cifar_jax.port_weights cifar.keras cifar.safetensors --preprocessing unit \\
+    --interpolation nearest
 """
 
 import argparse
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.models.transfer import INTERPOLATIONS, PREPROCESSINGS, UPSAMPLINGS
+from cifar_jax.predict import CHECKPOINTS
 from cifar_jax.pretrained import certificate, fetch, ours, port
 from cifar_jax.pretrained.names import VARIANTS
+from cifar_jax.run_weights import read_run
+
+STATED = {  # what a file may leave open of the model that it was fine-tuned in
+    "preprocessing": tuple(PREPROCESSINGS),
+    "upsampling": UPSAMPLINGS,
+    "interpolation": INTERPOLATIONS,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; `arguments` as on the command line, without the program's name."""
+    flags = _parse(arguments)
+    stated = {name: vars(flags)[name] for name in STATED if vars(flags)[name] is not None}
+    with exit_on_user_error():
+        folder = Path(flags.source).expanduser()
+        is_run = flags.source not in fetch.NAMES and folder.is_dir()
+        source = folder if is_run else fetch.resolve(flags.source)
+        _refuse_overwriting(source, flags.dest, flags.certificate)
+        weights = _complete(_read(source, flags.variant, flags.checkpoint), stated)
+        _write(weights, flags.dest, flags.to, stated=stated)
+        certified = certificate.certify(weights, flags.dest)
+        print(certificate.as_text(certified))
+        if flags.certificate:
+            content = json.dumps(certified, indent=2) + "\n"
+            ours.write_atomically(flags.certificate, lambda part: part.write_text(content))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m cifar_jax.port_weights",
         description=__doc__,
@@ -25,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "source",
         help="a file of Keras (.h5, .weights.h5, .keras), PyTorch (.pth), timm or Hugging Face "
-        "(.safetensors), or ours; or keras or torchvision, to use the published file",
+        "(.safetensors), or ours; keras or torchvision, to use the published file; or the workdir "
+        "of a run",
     )
     parser.add_argument("dest", type=Path, help="the file to write")
     parser.add_argument(
@@ -37,23 +72,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="write Keras's .weights.h5 or torchvision's names in .safetensors instead of ours",
     )
     parser.add_argument("--certificate", type=Path, help="write the certificate here too, as JSON")
-    flags = parser.parse_args(arguments)
-    with exit_on_user_error():
-        source = fetch.resolve(flags.source)
-        _refuse_overwriting(source, flags.dest, flags.certificate)
-        weights = port.read(source, flags.variant)
-        _write(weights, flags.dest, flags.to)
-        certified = certificate.certify(weights, flags.dest)
-        print(certificate.as_text(certified))
-        if flags.certificate:
-            content = json.dumps(certified, indent=2) + "\n"
-            ours.write_atomically(flags.certificate, lambda part: part.write_text(content))
+    parser.add_argument(
+        "--checkpoint",
+        choices=CHECKPOINTS,
+        default="latest",
+        help="which one of a run (default: %(default)s); best is by validation",
+    )
+    group = parser.add_argument_group("what the images went through, where the file cannot tell")
+    for name, choices in STATED.items():
+        group.add_argument(f"--{name}", choices=choices, type=type(choices[0]))
+    return parser.parse_args(arguments)
 
 
-def _write(weights: port.Weights, dest: Path, to: str | None) -> None:
+def _read(source: Path, variant: str | None, checkpoint: str) -> port.Weights:
+    if source.is_dir():
+        weights = read_run(source, checkpoint)
+        port.insist(variant, weights.header.variant, source)
+        return weights
+    if checkpoint != "latest":
+        raise UserError(f"{source} is a file; --checkpoint chooses among those of a workdir")
+    return port.read(source, variant)
+
+
+def _complete(weights: port.Weights, stated: dict[str, Any]) -> port.Weights:
+    """Adds what is stated to the header; what it says already is not to be contradicted."""
+    header = weights.header
+    for name, value in stated.items():
+        if weights.structure.tuned_head is None:
+            raise UserError(f"--{name}: {header.source} has no head that was trained on CIFAR-10")
+        known = getattr(header, name)
+        if known not in (None, "unknown", value):
+            raise UserError(f"--{name} {value}: {header.source} says that it is {known}")
+    return dataclasses.replace(weights, header=dataclasses.replace(header, **stated))
+
+
+def _write(weights: port.Weights, dest: Path, to: str | None, *, stated: dict[str, Any]) -> None:
     variant = weights.header.variant
     if to is None:
-        if weights.ported:
+        if weights.ported and not stated:
             raise UserError(f"the source is ported already; to write it back, add --to {variant}")
         if dest.suffix != ".safetensors":
             raise UserError(f"{dest}: expected a name that ends in .safetensors")
@@ -63,6 +119,8 @@ def _write(weights: port.Weights, dest: Path, to: str | None) -> None:
             f"--to {to}: these weights are of variant {variant}, whose network is another one "
             f"(strides, biases); only --to {variant} is possible"
         )
+    elif stated:
+        raise UserError(f"--{next(iter(stated))}: a file made with --to has no place for it")
     else:
         port.write_published(weights, dest)
 

@@ -15,24 +15,34 @@ from cifar_jax.picture import read_picture
 CHECKPOINTS = ("latest", "best")
 
 
-def predict_image(path: str | os.PathLike, *, workdir: str | os.PathLike) -> str:
-    """Names what is on a picture, by the latest checkpoint of a run.
+def predict_image(
+    path: str | os.PathLike,
+    *,
+    workdir: str | os.PathLike | None = None,
+    weights: str | os.PathLike | None = None,
+) -> str:
+    """Names what is on a picture, by the latest checkpoint of a run or by a file of weights.
 
     Args:
         path: a picture file, see `cifar_jax.picture.read_picture`.
         workdir: the run's folder.
+        weights: in place of a workdir, a file from `port_weights`.
 
     Returns:
         One of `cifar_jax.labels.CLASS_NAMES`.
 
     Raises:
-        UserError: the picture or the checkpoint cannot be read.
+        UserError: the picture, the checkpoint or the file cannot be read.
     """
-    return predict_images([path], workdir=workdir)[0]["label"]
+    return predict_images([path], workdir=workdir, weights=weights)[0]["label"]
 
 
 def predict_images(
-    paths: Sequence[str | os.PathLike], *, workdir: str | os.PathLike, checkpoint: str = "latest"
+    paths: Sequence[str | os.PathLike],
+    *,
+    workdir: str | os.PathLike | None = None,
+    checkpoint: str = "latest",
+    weights: str | os.PathLike | None = None,
 ) -> list[dict]:
     """Classifies pictures.
 
@@ -40,31 +50,33 @@ def predict_images(
         paths: picture files.
         workdir: the run's folder.
         checkpoint: "latest" or "best" (on the validation images).
+        weights: in place of a workdir, a file from `port_weights`.
 
     Returns:
         For each picture {"path": str, "label": str, "probabilities": {class name: float}}, the
         probabilities in descending order.
 
     Raises:
-        UserError: a picture or the checkpoint cannot be read.
+        UserError: a picture, the checkpoint or the file cannot be read.
     """
     images = [read_picture(path) for path in paths]
-    return _classify(paths, images, workdir=workdir, checkpoint=checkpoint)
+    return _classify(paths, images, workdir=workdir, checkpoint=checkpoint, weights=weights)
 
 
 def _classify(
     paths: Sequence[str | os.PathLike],
     images: list[np.ndarray],
     *,
-    workdir: str | os.PathLike,
+    workdir: str | os.PathLike | None,
     checkpoint: str,
+    weights: str | os.PathLike | None,
 ) -> list[dict]:
     if not images:
         return []
     # Here, because it imports JAX, for which neither `--help` nor a mistyped path has to wait.
     from cifar_jax.trained import load_trained
 
-    trained = load_trained(workdir, checkpoint)
+    trained = load_trained(workdir, checkpoint, weights=weights)
     answers = []
     for path, row in zip(paths, trained.probabilities(np.stack(images)), strict=True):
         named = dict(zip(CLASS_NAMES, map(float, row), strict=True))
@@ -88,7 +100,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Prints label and probabilities of each picture. Exit code 2 if one is bad.",
     )
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a picture file")
-    parser.add_argument("--workdir", required=True, help="the folder of a trained run")
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--workdir", help="the folder of a trained run")
+    model.add_argument("--weights", help="or a file that cifar_jax.port_weights has written")
     parser.add_argument(
         "--checkpoint",
         choices=CHECKPOINTS,
@@ -110,7 +124,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 paths.append(path)
             except UserError as error:
                 errors.append(error)
-        answers = _classify(paths, images, workdir=options.workdir, checkpoint=options.checkpoint)
+        answers = _classify(
+            paths,
+            images,
+            workdir=options.workdir,
+            checkpoint=options.checkpoint,
+            weights=options.weights,
+        )
         if options.json:
             print(json.dumps(answers, indent=2))
         else:

@@ -1,4 +1,4 @@
-"""A trained model, as a workdir holds it: what predictions and evaluations start from."""
+"""A trained model, as a workdir or a file holds it: what predictions and evaluations start from."""
 
 import dataclasses
 import os
@@ -10,21 +10,27 @@ import numpy as np
 from flax import nnx
 
 from cifar_jax.checkpoint import find_step, read_checkpoint
+from cifar_jax.errors import UserError
+from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.models.registry import create_model
-from cifar_jax.state import MODEL_PARTS, from_arrays, split_model
+from cifar_jax.models.transfer import TransferClassifier
+from cifar_jax.pretrained import port
+from cifar_jax.pretrained.load import fit
+from cifar_jax.state import MODEL_PARTS, from_arrays, model_leaves, split_model
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with the parameters and statistics of one checkpoint."""
+    """A model with the parameters and statistics of one checkpoint or file."""
 
     model: nnx.Module
-    extra: dict[str, Any]  # what the checkpoint says of its run: "config", hashes, history
-    step: int
+    extra: dict[str, Any]  # what a checkpoint says of its run: "config", hashes, history
+    step: int | None  # None: from a file
 
     def logits(self, images: np.ndarray) -> np.ndarray:
         """Returns logits, float32 or wider [N, 10], of uint8 [N, 32, 32, 3] images."""
-        with jax.default_matmul_precision(self.extra["config"]["matmul_precision"]):
+        precision = self.extra["config"]["matmul_precision"] if self.extra else "highest"
+        with jax.default_matmul_precision(precision):
             return np.asarray(_logits(self.model, images))
 
     def probabilities(self, images: np.ndarray) -> np.ndarray:
@@ -37,16 +43,33 @@ def _logits(model: nnx.Module, images: jax.Array) -> jax.Array:
     return model(images, train=False)
 
 
-def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trained:
-    """Reads a run's model back; nothing but the checkpoint is needed.
+def load_trained(
+    workdir: str | os.PathLike | None = None,
+    checkpoint: str = "latest",
+    *,
+    weights: str | os.PathLike | None = None,
+) -> Trained:
+    """Reads a trained model; nothing but the checkpoint, or else the file, is needed.
 
     Args:
       workdir: of a run.
-      checkpoint: "latest", or "best" on validation.
+      checkpoint: of the run: "latest", or "best" on validation.
+      weights: in place of a workdir, a file from `port_weights` of a model fine-tuned on CIFAR-10.
 
     Raises:
-      UserError: without such a checkpoint, or if it is damaged or does not fit its model.
+      UserError: without such a checkpoint, or if it is damaged or does not fit its model; if the
+        file is damaged, has no head for CIFAR-10, or does not say what its images went through.
     """
+    if (workdir is None) == (weights is None):
+        raise UserError("expected either the workdir of a run or a file of weights")
+    if workdir is not None:
+        return _load_run(workdir, checkpoint)
+    if checkpoint != "latest":
+        raise UserError(f"{weights} is a file; only a workdir has a {checkpoint} checkpoint")
+    return _load_file(pathlib.Path(weights).expanduser())
+
+
+def _load_run(workdir: str | os.PathLike, checkpoint: str) -> Trained:
     workdir = pathlib.Path(workdir).expanduser().absolute()  # orbax insists
     step = find_step(workdir, checkpoint)
     arrays, extra = read_checkpoint(workdir, step)
@@ -57,3 +80,43 @@ def load_trained(workdir: str | os.PathLike, checkpoint: str = "latest") -> Trai
     tree = from_arrays(template, wanted, origin=f"checkpoint {step} of {workdir}")
     model = nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS))
     return Trained(model, extra, step)
+
+
+def _load_file(path: pathlib.Path) -> Trained:
+    weights = port.read(path)
+    _check_runnable(weights, path)
+    header = weights.header
+    abstract = nnx.eval_shape(
+        lambda: TransferClassifier(
+            header.variant,
+            preprocessing=header.preprocessing,
+            upsampling=header.upsampling,
+            interpolation=header.interpolation,
+            head=weights.structure.tuned_head,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    graphdef, template = split_model(abstract)
+    values = fit(model_leaves(template), weights, path).values
+    leaves = [values[name] for name in model_leaves(template)]
+    tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    return Trained(nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS)), extra={}, step=None)
+
+
+def _check_runnable(weights: port.Weights, path: pathlib.Path) -> None:
+    found, expected = weights.structure.outputs, len(CLASS_NAMES)
+    if found != expected:
+        has = "no head" if found is None else f"a head of {found:,} classes"
+        raise UserError(
+            f"{path} has {has}, CIFAR-10 has {expected} classes; fine-tune it first, with "
+            "config.model.pretrained"
+        )
+    header = weights.header
+    fields = "preprocessing", "upsampling", "interpolation"
+    missing = [name for name in fields if getattr(header, name) in (None, "unknown")]
+    if missing:
+        options = " ".join(f"--{name}=..." for name in missing)
+        raise UserError(
+            f"{path} does not say which {', '.join(missing)} it was fine-tuned with; write that "
+            f"into it: python -m cifar_jax.port_weights {path} NEW.safetensors {options}"
+        )

@@ -13,7 +13,7 @@ LAYERS = [
     ["main", "features"],
     ["command", "probe"],
     ["train", "evaluate", "predict", "report", "fetch_data", "write_tfds", "port_weights"],
-    ["loop", "trained", "initial", "workdir", "backbone", "feature_cache"],
+    ["loop", "trained", "initial", "run_weights", "workdir", "backbone", "feature_cache"],
     ["parallel"],
     ["steps"],
     ["checkpoint", "state", "recording", "signals", "plan"],

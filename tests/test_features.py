@@ -35,6 +35,7 @@ from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.pretrained import ours
 from cifar_jax.pretrained.names import Structure, shapes
 from cifar_jax.recording.run_record import read_run_record
+from cifar_jax.run_weights import read_run
 from cifar_jax.state import create_state, to_arrays
 from cifar_jax.trained import load_trained
 from configs import common, resnet50_probe
@@ -238,6 +239,15 @@ def test_evaluate_reads_images_and_agrees_with_the_run(reference):
     assert found["count"] == 20 and found["accuracy"] == before["result"]["test_accuracy"]
     assert found["loss"] == pytest.approx(before["result"]["test_loss"], rel=1e-5)
     assert len(read_run_record(reference)["test_reads"]) == len(before["test_reads"]) + 1
+
+
+def test_its_weights_leave_as_those_of_any_run(reference):
+    found = read_run(reference, "latest")
+    assert (found.header.head, found.header.upsampling) == ("pooled", 1)
+    assert found.header.license == "none" and found.header.initial["source"] == "random"
+    arrays, _ = read_checkpoint(reference, TOTAL)
+    for name in ("head.logits.kernel", "backbone.stem_conv.kernel"):
+        np.testing.assert_array_equal(found.values[name], arrays[f"params.{name}"])
 
 
 KEYS = {

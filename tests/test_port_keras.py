@@ -227,7 +227,7 @@ def test_names_that_contradict_the_positions_are_refused(backbone, tmp_path):
         port.read(tmp_path / "a.weights.h5")
 
 
-@pytest.mark.parametrize("model", ["sequential", _slow("functional"), _slow("pooled")])
+@pytest.mark.parametrize("model", ["sequential", _slow("functional")])
 def test_way_back_of_a_transfer_model_is_exact(backbone, transfers, tmp_path, model):
     transfers[model].save_weights(tmp_path / "a.weights.h5")
     weights = port.read(tmp_path / "a.weights.h5")

@@ -36,8 +36,8 @@ def calls(monkeypatch):
     """Puts the stand-in where the trained model is loaded; returns how it was asked for."""
     calls = []
 
-    def load_trained(workdir, checkpoint="latest"):
-        calls.append((workdir, checkpoint))
+    def load_trained(workdir, checkpoint="latest", *, weights=None):
+        calls.append((workdir, checkpoint) if weights is None else weights)
         return ShadeModel()
 
     module = types.ModuleType("cifar_jax.trained")
@@ -74,6 +74,14 @@ def test_predict_images_keeps_order_and_duplicates(pictures, calls):
         assert list(probabilities.values()) == sorted(probabilities.values(), reverse=True)
         assert probabilities[answer["label"]] == 0.5
     assert predict.predict_images([], workdir="run") == []
+
+
+def test_a_file_of_weights_takes_the_place_of_a_workdir(pictures, calls, capsys):
+    path = pictures / "bright.png"
+    predict.main(["--weights=a.safetensors", str(path)])
+    assert capsys.readouterr().out.startswith(f"{path}: truck")
+    assert predict.predict_image(path, weights="b.safetensors") == "truck"
+    assert calls == ["a.safetensors", "b.safetensors"]
 
 
 def test_functions_raise_for_a_bad_picture(pictures, calls):
@@ -119,7 +127,7 @@ def test_nothing_is_loaded_for_bad_pictures_alone(pictures, calls, capsys):
 
 
 def test_bad_workdir_is_one_line(pictures, monkeypatch, capsys):
-    def load_trained(workdir, checkpoint="latest"):
+    def load_trained(workdir, checkpoint="latest", *, weights=None):
         raise UserError(f"{workdir}: no checkpoint")
 
     module = types.ModuleType("cifar_jax.trained")
@@ -132,7 +140,14 @@ def test_bad_workdir_is_one_line(pictures, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--workdir=run"], ["a.png"], ["--workdir=run", "--checkpoint=first", "a"]]
+    "arguments",
+    [
+        [],
+        ["--workdir=run"],
+        ["a.png"],
+        ["--workdir=run", "--checkpoint=first", "a"],
+        ["--workdir=run", "--weights=a.safetensors", "a.png"],
+    ],
 )
 def test_wrong_arguments_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as raised:
@@ -148,7 +163,7 @@ class Even:
     def probabilities(self, images):
         return np.full((len(images), 10), 0.1, np.float32)
 module = types.ModuleType("cifar_jax.trained")
-module.load_trained = lambda *_: Even()
+module.load_trained = lambda *_, **__: Even()
 sys.modules["cifar_jax.trained"] = module
 from cifar_jax import predict
 predict.main()

@@ -86,6 +86,8 @@ def as_text(certificate: dict[str, Any]) -> str:
         f"    md5          {certificate['md5']}",
         f"  variant        {certificate['variant']}",
         f"  preprocessing  {certificate['preprocessing']}",
+        f"  head           {certificate['head']}, upsampling {certificate['upsampling']}, "
+        f"interpolation {certificate['interpolation']}",
         f"  license        {certificate['license']}",
         f"  read           {certificate['read']} tensors",
         f"  loaded         {certificate['loaded']} tensors, {certificate['numbers']:,} numbers",

@@ -49,6 +49,7 @@ _WANTED = {  # the first one is downloaded; any will do
     "keras": (f"{_STEM}_notop.h5", f"{_STEM}.h5"),
     "torchvision": ("resnet50-0676ba61.pth",),
 }
+NAMES = tuple(_WANTED)
 
 
 def resolve(pretrained: str, cache: str | os.PathLike = CACHE) -> Path:

@@ -44,7 +44,17 @@ def load_pretrained(
     Raises:
         UserError: with every difference.
     """
-    weights = port.read(path)
+    return fit(expected, port.read(path), path, variant=variant)
+
+
+def fit(
+    expected: Mapping[str, Any],
+    weights: port.Weights,
+    path: str | os.PathLike,
+    *,
+    variant: str | None = None,
+) -> Loaded:
+    """Does what `load_pretrained` does, with weights that have been read from `path`."""
     if variant not in (None, weights.header.variant):
         raise UserError(
             f'config.model.variant is "{variant}", but {path} holds weights of the '

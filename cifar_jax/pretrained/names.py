@@ -14,6 +14,7 @@ import numpy as np
 VARIANTS = ("keras", "torchvision")
 STAGES = ((64, 3), (128, 4), (256, 6), (512, 3))  # width, blocks; He et al. 2015, table 1
 FEATURES = 2048
+IMAGENET_CLASSES = 1000
 HIDDEN = (128, 64)  # of the flatten head
 
 Shape = tuple[int, ...]
@@ -27,6 +28,11 @@ class Head:
     features: int  # entering the head
     classes: int
 
+    @property
+    def side(self) -> int:
+        """Pixels a side of the maps that a flatten head reads."""
+        return math.isqrt(self.features // FEATURES)
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -35,6 +41,18 @@ class Structure:
     variant: str  # "keras": convolutions have biases; "torchvision": they have none
     classes: int | None = None  # of ResNet-50's own top; None without top
     head: Head | None = None  # not None: a whole transfer model
+
+    @property
+    def tuned_head(self) -> str | None:
+        """Kind of the head of a fine-tuned model: a top that is not ImageNet's is a pooled one."""
+        if self.head:
+            return self.head.kind
+        return None if self.classes in (None, IMAGENET_CLASSES) else "pooled"
+
+    @property
+    def outputs(self) -> int | None:
+        """Number of classes, None without head or top."""
+        return self.head.classes if self.head else self.classes
 
 
 @dataclass(frozen=True)
@@ -154,9 +172,8 @@ def _head(head: Head | None) -> list[Layer]:
         return []
     if head.kind == "pooled":
         return [Layer("head.logits", "dense", kernel=(FEATURES, head.classes))]
-    side = math.isqrt(head.features // FEATURES)
     # A number of features that no square picture gives is compared with the nearest that one does.
-    widths = (max(side, 1) ** 2 * FEATURES, *HIDDEN, head.classes)
+    widths = (max(head.side, 1) ** 2 * FEATURES, *HIDDEN, head.classes)
     found = []
     for index, name in enumerate(("dense1", "dense2", "logits")):
         found.append(Layer(f"head.norm{index + 1}", "norm", channels=widths[index]))

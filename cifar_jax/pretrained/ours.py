@@ -7,16 +7,18 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from cifar_jax.errors import UserError
+from cifar_jax.models import transfer
 from cifar_jax.pretrained.names import VARIANTS, printable
 
 FORMAT_VERSION = 1
-PREPROCESSINGS = (*VARIANTS, "unknown")
+PREPROCESSINGS = (*transfer.PREPROCESSINGS, "unknown")
 # One key with JSON inside: safetensors writes several keys in random order, and the same port shall
 # give the same bytes.
 _KEY = "cifar_jax"
@@ -26,17 +28,23 @@ _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", 
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file of ours says about itself."""
+    """What a file of ours says about itself: origin, and what it takes to run the model."""
 
-    source: str  # file name
-    sha256: str  # of the source file
-    md5: str  # of the source file
+    source: str  # file name; of a run: workdir and step
+    sha256: str  # of the source file; of a run: its checkpoint's digest
+    md5: str  # of the source file; "none" of a run
     naming: str  # whose names and layout the source had
     variant: str  # "keras" | "torchvision": the form of ResNet-50
-    # What the weights were trained with: "keras" | "torchvision", or "unknown": a transfer model
-    # may have been fine-tuned with any.
+    # What the weights were trained with: "keras" | "torchvision" | "unit", or "unknown": a transfer
+    # model may have been fine-tuned with any.
     preprocessing: str
     license: str  # "unknown" where the source does not say
+    # Of a fine-tuned model, see `models.transfer`; None: not known, or there is no head.
+    head: str | None = None
+    upsampling: int | None = None
+    interpolation: str | None = None
+    # The header of the weights that a run started from.
+    initial: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -93,6 +101,8 @@ def parse_header(metadata: Mapping[str, str], path: str | os.PathLike) -> Header
         )
     if header.variant not in VARIANTS or header.preprocessing not in PREPROCESSINGS:
         raise UserError(f"{path}: damaged header: unknown variant or preprocessing")
+    if not isinstance(header.upsampling, int | None):
+        raise UserError(f"{path}: damaged header: upsampling is no whole number")
     return header
 
 

@@ -81,13 +81,17 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
         digests = ours.digests(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    _insist(variant, source.variant, path)
+    insist(variant, source.variant, path)
     values = _through_table(source, path)
+    structure = structure_of(values, source.variant)
+    is_flatten = structure.tuned_head == "flatten"
     header = ours.Header(
         source=printable(path.name),
         naming=source.naming,
         variant=source.variant,
-        preprocessing="unknown" if structure_of(values, source.variant).head else source.variant,
+        preprocessing="unknown" if structure.tuned_head else source.variant,
+        head=structure.tuned_head,
+        upsampling=structure.head.side if is_flatten else None,
         license=printable(source.license or (published.license if published else "unknown")),
         **digests,
     )
@@ -103,7 +107,8 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
 def write_published(weights: Weights, path: str | os.PathLike) -> None:
     """Writes weights in the form in which their variant is published.
 
-    Keras's as `.weights.h5`, torchvision's as `.safetensors` with torchvision's names.
+    Keras's as `.weights.h5`, torchvision's as `.safetensors` with torchvision's names. A pooled
+    head leaves as the top of a ResNet-50, which is the same network.
 
     Raises:
         UserError: where that form has no place for them, or `path` has another ending.
@@ -111,14 +116,37 @@ def write_published(weights: Weights, path: str | os.PathLike) -> None:
     ending = {"keras": ".weights.h5", "torchvision": ".safetensors"}[weights.header.variant]
     if not str(path).endswith(ending):
         raise UserError(f"{path}: expected a name that ends in {ending}")
+    values = _with_top(weights)
     if weights.header.variant == "keras":
-        ours.write_atomically(path, lambda part: keras.write_weights(weights.values, part))
+        ours.write_atomically(path, lambda part: keras.write_weights(values, part))
         return
-    if weights.structure.head:
+    structure = structure_of(values, weights.header.variant)
+    if structure.head:
         raise UserError(f"{path}: torchvision has no names for a transfer model's head")
-    table = torch.table(weights.structure, "torchvision")
-    tensors = {name: entry.store(weights.values[entry.name]) for name, entry in table.items()}
+    table = torch.table(structure, "torchvision")
+    tensors = {name: entry.store(values[entry.name]) for name, entry in table.items()}
     ours.write_safetensors(path, tensors, weights.header.license)
+
+
+def insist(wanted: str | None, found: str, path: Path) -> None:
+    """Raises `UserError` where a variant is asked for and another one found."""
+    if wanted not in (None, found):
+        raise UserError(f"{path}: its names are those of variant {found}, asked for is {wanted}")
+
+
+def check(values: Mapping[str, np.ndarray], variant: str, path: Path) -> None:
+    """Raises `UserError` with every difference between values by our names and a whole model's."""
+    _raise_on(differences(values, shapes(structure_of(values, variant))), path)
+
+
+def _with_top(weights: Weights) -> dict[str, np.ndarray]:
+    head = weights.structure.head
+    if head is None or head.kind != "pooled":
+        return weights.values
+    return {
+        name.removeprefix("backbone.").replace("head.logits.", "top."): array
+        for name, array in weights.values.items()
+    }
 
 
 def _kind(path: Path) -> str:
@@ -146,8 +174,8 @@ def _read_ours(
     metadata: Mapping[str, str],
     header: ours.Header,
 ) -> Weights:
-    _insist(variant, header.variant, path)
-    _raise_on(differences(tensors, shapes(structure_of(tensors, header.variant))), path)
+    insist(variant, header.variant, path)
+    check(tensors, header.variant, path)
     ours.check_content(tensors, metadata, path)
     return Weights(tensors, header, ported=True, read=len(tensors), ignored=())
 
@@ -182,11 +210,6 @@ def _through_table(source: _Source, path: Path) -> dict[str, np.ndarray]:
     return {
         entry.name: entry.load(source.tensors.pop(name)) for name, entry in source.table.items()
     }
-
-
-def _insist(wanted: str | None, found: str, path: Path) -> None:
-    if wanted not in (None, found):
-        raise UserError(f"{path}: its names are those of variant {found}, asked for is {wanted}")
 
 
 def _raise_on(lines: list[str], path: Path) -> None:

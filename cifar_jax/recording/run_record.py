@@ -26,6 +26,8 @@ RECORD_NAME = "run.json"
 FIELDS = {
     "config": dict,
     "features": dict,
+    "weights": dict,
+    "weights.license": str,
     "starts": list,
     "test_reads": list,
     "result": dict,
