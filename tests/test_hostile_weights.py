@@ -132,10 +132,11 @@ def _deflated(name: str) -> bytes:
     return stream.getvalue()
 
 
-def _keras_archive(content: bytes) -> bytes:
+def _keras_archive(content: bytes, config: str = "{}") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("model.weights.h5", content)
+        archive.writestr("config.json", config)
     return stream.getvalue()
 
 

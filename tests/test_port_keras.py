@@ -283,7 +283,7 @@ def test_every_difference_is_listed_at_once(backbone, tmp_path):
     with pytest.raises(UserError) as caught:
         port.read(tmp_path / "a.h5")
     assert str(caught.value).splitlines() == [
-        f"{tmp_path / 'a.h5'}: 5 differences from a ResNet-50's parameters:",
+        f"{tmp_path / 'a.h5'}: 5 differences from the expected ResNet-50:",
         "  conv3_block2_1_conv/bias: missing",
         "  conv1_bn/gamma: NaN or infinite numbers",
         "  conv3_block2_1_conv/kernel: float64, expected float32",

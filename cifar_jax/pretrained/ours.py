@@ -13,10 +13,10 @@ import safetensors
 import safetensors.numpy
 
 from cifar_jax.errors import UserError
-from cifar_jax.pretrained.names import VARIANTS, printable
+from cifar_jax.pretrained.names import VARIANTS, printable, wrong_dtypes
 
 FORMAT_VERSION = 1
-PREPROCESSINGS = (*VARIANTS, "unknown")
+PREPROCESSINGS = (*VARIANTS, "unit", "unknown")
 # One key with JSON inside: safetensors writes several keys in random order, and the same port shall
 # give the same bytes.
 _KEY = "cifar_jax"
@@ -33,8 +33,8 @@ class Header:
     md5: str  # of the source file
     naming: str  # whose names and layout the source had
     variant: str  # "keras" | "torchvision": the form of ResNet-50
-    # What the weights were trained with: "keras" | "torchvision", or "unknown": a transfer model
-    # may have been fine-tuned with any.
+    # What the weights were trained with: "keras" | "torchvision" | "unit", or "unknown": a transfer
+    # model may have been fine-tuned with any.
     preprocessing: str
     license: str  # "unknown" where the source does not say
     format_version: int = FORMAT_VERSION
@@ -63,12 +63,11 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     _check_header_length(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
-                    raise UserError(f"{path}: {printable(name)}: {dtype}, expected float32 (F32)")
-                tensors[name] = file.get_tensor(name)
-            return tensors, file.metadata() or {}
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            odd = {name: dtype for name, dtype in dtypes.items() if dtype not in _DTYPES}
+            if odd:
+                raise UserError(f"{path}: {'; '.join(wrong_dtypes(odd))}")
+            return {name: file.get_tensor(name) for name in dtypes}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UserError(f"{path}: damaged or truncated safetensors file: {reason}") from error
