@@ -71,11 +71,10 @@ class _Network(nnx.Module):
         self.preprocessing = preprocessing
         rngs = nnx.Rngs(0)
         self.backbone = ResNet50(structure.variant, num_classes=structure.classes, rngs=rngs)
-        self.head = None
-        if head := structure.head:
-            create = {"flatten": FlattenHead, "pooled": PooledHead}[head.kind]
-            shared = dict(dropout=0.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
-            self.head = create(head.features, head.classes, **shared)
+        shared = dict(dropout=0.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        create = {"flatten": FlattenHead, "pooled": PooledHead}
+        head = structure.head
+        self.head = head and create[head.kind](head.features, head.classes, **shared)
 
     def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
         outputs = self.backbone.features(preprocess(images, self.preprocessing), train=False)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-MOST_CHARACTERS = 4 << 20  # a transfer model's has about 190,000
+_MOST_CHARACTERS = 4 << 20  # a transfer model's has about 190,000
 
 # Pixels [16, 1, 1, 3] that tell arithmetic apart.
 PIXELS = np.linspace(0, 255, 48).reshape(16, 1, 1, 3) ** 2 / 255
@@ -44,8 +44,8 @@ def flat_layers(text: str | bytes) -> dict[str, Layer]:
     Raises:
         ValueError: where it is too long, no JSON, or holds no model with one input and one output.
     """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"longer than {MOST_CHARACTERS:,} characters")
+    if len(text) > _MOST_CHARACTERS:
+        raise ValueError(f"longer than {_MOST_CHARACTERS:,} characters")
     layers: dict[str, Layer] = {}
     try:
         _add_model(json.loads(text), "", path="", layers=layers)
@@ -63,7 +63,11 @@ def pixels_after(layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:
     found = {"": PIXELS}
     for key, layer in layers.items():
         try:
-            found[key] = _after(layer, [found[name] for name in layer.inputs])
+            with np.errstate(all="ignore"):
+                result = _after(layer, [found[name] for name in layer.inputs])
+            found[key] = np.asarray(result, np.float64)
+            if found[key].size > PIXELS.size:
+                raise ValueError("more numbers than pixels")
         except (KeyError, TypeError, IndexError, ValueError, ArithmeticError) as error:
             raise ValueError(f"{layer.name} ({layer.kind}) stands in front of ResNet50") from error
     return found
@@ -81,7 +85,7 @@ def _add_model(model: dict, source: str, *, path: str, layers: dict[str, Layer])
         name, nodes = layer["config"]["name"], layer["inbound_nodes"]
         if len(nodes) > 1:
             raise ValueError(f"{name} is used {len(nodes)} times")
-        if any(isinstance(node, dict) and node["kwargs"].get("training") for node in nodes):
+        if '"training": true' in json.dumps(nodes):  # wherever either release has its kwargs
             raise ValueError(f"{name} is called with training=True")
         inputs = tuple(keys[reference] for reference in _references(nodes))
         keys[name] = _add(layer, inputs or (source,), path=path, layers=layers)
@@ -96,6 +100,7 @@ def _add(layer: dict, inputs: tuple[str, ...], *, path: str, layers: dict[str, L
     if kind == "InputLayer":
         return inputs[0]
     key = f"{path}/{config['name']}"
+    kind = layer.get("registered_name") or kind  # a class of one's own may be called Conv2D
     if "layers" in config:
         return _add_model(layer, inputs[0], path=key, layers=layers)
     if key in layers:
@@ -118,23 +123,18 @@ def _references(value: Any) -> Iterator[str]:
                 yield from _references(item)
 
 
-def _after(layer: Layer, inputs: list[np.ndarray]) -> np.ndarray:
+def _after(layer: Layer, inputs: list[np.ndarray]) -> Any:
     if layer.kind == "UpSampling2D":  # commutes with arithmetic on pixels
-        (result,) = inputs
-    elif layer.kind == "Rescaling":
         (pixels,) = inputs
-        result = pixels * _constant(layer.config["scale"]) + _constant(layer.config["offset"])
-    else:
-        tensors = iter(inputs)
-        first, *rest = (_argument(value, tensors) for value in layer.call)
-        with np.errstate(all="ignore"):
-            result = _operation(layer, first, *rest)
-    if result.size > PIXELS.size:
-        raise ValueError("more numbers than pixels")
-    return result
+        return pixels
+    if layer.kind == "Rescaling":
+        (pixels,) = inputs
+        return pixels * _constant(layer.config["scale"]) + _constant(layer.config["offset"])
+    tensors = iter(inputs)
+    return _operation(layer, *(_argument(value, tensors) for value in layer.call))
 
 
-def _operation(layer: Layer, first: Any, second: Any = None) -> np.ndarray:
+def _operation(layer: Layer, first: Any, second: Any = None) -> Any:
     if layer.kind == "Stack":
         return np.stack(first, layer.config["axis"])
     if layer.kind == "GetItem":
@@ -156,7 +156,7 @@ def _argument(value: Any, tensors: Iterator[np.ndarray]) -> Any:
     match value["class_name"]:
         case "__keras_tensor__":
             return next(tensors, None)
-        case "__tensor__":
+        case "__tensor__" | "__numpy__":
             return _constant(config["value"])
         case "__ellipsis__":
             return ...
