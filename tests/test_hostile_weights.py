@@ -132,10 +132,11 @@ def _deflated(name: str) -> bytes:
     return stream.getvalue()
 
 
-def _keras_archive(content: bytes) -> bytes:
+def _keras_archive(content: bytes, config: bytes = b"{}") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr("model.weights.h5", content)
+        archive.writestr("config.json", config)
     return stream.getvalue()
 
 
@@ -214,6 +215,46 @@ def _two_backbones(file):
 _DOUBLED_KEY = b"\x80\x02})" + b"q\x00h\x00\x86" * 60 + b"K\x01s."
 _DEEP_JSON = b'{"a":' + b"[" * 100_000
 
+
+def _keras_config() -> bytes:
+    """A model of few layers that has everything that is read of one."""
+
+    def layer(class_name: str, name: str, *inputs: object, **config) -> dict:
+        nodes = [{"args": list(inputs), "kwargs": {}}] if inputs else []
+        config = {"name": name, **config}
+        return {"class_name": class_name, "config": config, "name": name, "inbound_nodes": nodes}
+
+    def tensor(name: str) -> dict:
+        return {"class_name": "__keras_tensor__", "config": {"keras_history": [name, 0, 0]}}
+
+    mean = {"class_name": "__numpy__", "config": {"value": [1.0, 2.0, 3.0]}}
+    index = [{"class_name": "__ellipsis__"}, {"class_name": "__slice__", "config": {}}]
+    index[1]["config"] = {"start": None, "stop": None, "step": -1}
+    index[0]["config"] = {}
+    inner = [
+        layer("InputLayer", "inner"),
+        layer("GetItem", "reverse", tensor("inner"), index),
+        layer("Subtract", "subtract", tensor("reverse"), mean),
+        layer("ZeroPadding2D", "conv1_pad", tensor("subtract"), padding=[[3, 3], [3, 3]]),
+        layer("Activation", "conv5_block3_out", tensor("conv1_pad"), activation="relu"),
+    ]
+    outer = [
+        layer("InputLayer", "outer"),
+        layer("Rescaling", "rescaling", scale=0.5, offset=0.0),
+        layer("UpSampling2D", "up", size=[2, 2], interpolation="nearest"),
+        layer("Functional", "resnet50", layers=inner, output_layers=["conv5_block3_out", 0, 0]),
+        layer("Flatten", "flatten", data_format="channels_last"),
+        layer("BatchNormalization", "norm", axis=-1, epsilon=1e-3),
+        layer("Dense", "dense", activation="relu"),
+        layer("Dropout", "dropout", rate=0.5),
+    ]
+    return json.dumps({"class_name": "Sequential", "config": {"layers": outer}}).encode()
+
+
+def _keras_with(config: bytes) -> bytes:
+    return _keras_archive(_hdf5(_fill_keras3), config)
+
+
 _HOSTILE = {
     "empty": (lambda: b"", "no HDF5, .keras, PyTorch"),
     "text": (lambda: b"<!DOCTYPE html><html>", "no HDF5, .keras, PyTorch"),
@@ -251,6 +292,13 @@ _HOSTILE = {
     ),
     "keras zip bomb": (lambda: _deflated("model.weights.h5"), "compressed members"),
     "keras with rubbish": (lambda: _keras_archive(b"rubbish"), "damaged or truncated HDF5"),
+    "keras deep config": (lambda: _keras_with(_DEEP_JSON), "Keras's config: no model of Keras"),
+    "keras long config": (lambda: _keras_with(b" " * (5 << 20)), "longer than 4,194,304"),
+    "keras wide config": (
+        lambda: _keras_with(b"[" + b"[]," * 1_300_000 + b"{}]"),
+        "Keras's config: no model of Keras",
+    ),
+    "keras small config": (lambda: _keras_with(_keras_config()), "behind ResNet50: Flatten"),
     "safetensors header too long": (
         lambda: struct.pack("<Q", 1 << 50) + b"{}",
         "declares a header of",
@@ -404,8 +452,12 @@ _FUZZED = {
     "pth": st.one_of(
         _mutations(_saved()),
         _mutations(_saved(_use_new_zipfile_serialization=False)),
+        _mutations(
+            _saved({"epoch": 1, "model": _small_state()}, _use_new_zipfile_serialization=False)
+        ),
         _mutations(_pickle_of(_saved())).map(lambda change: _with_pickle(lambda _: change)),
     ),
+    "keras": _mutations(_keras_config()).map(_keras_with),
     "safetensors": st.one_of(
         _mutations(_small_safetensors()),
         _mutations(_small_safetensors()[8:]).map(

@@ -267,6 +267,31 @@ def test_certificate_is_reproduced_by_keras(backbone, tmp_path):
         np.testing.assert_allclose(found[f"stage{stage}"], expected, rtol=0, atol=limit)
 
 
+@pytest.mark.parametrize(("model", "factor"), [("sequential", 2), ("pooled", 8)])
+def test_certificate_of_a_transfer_model_has_its_logits(transfers, tmp_path, model, factor):
+    transfers[model].save_weights(tmp_path / "a.weights.h5")
+    weights = port.read(tmp_path / "a.weights.h5")
+    found = certificate.activations(weights)
+    # The file says nothing of the preprocessing: the certificate takes the published one.
+    assert certificate.preprocessing(weights.header) == "keras"
+    y, x, c = np.meshgrid(range(32), range(32), range(3), indexing="ij")
+    pixels = ((3 * y**2 + 5 * x * (c + 1) + x * y) // 7 % 256)[np.newaxis].astype(np.float32)
+    pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+    anysize = keras.applications.ResNet50(weights=None, include_top=False)
+    anysize.set_weights(transfers[model].get_layer("resnet50").get_weights())
+    maps = anysize(keras.applications.resnet.preprocess_input(pixels))
+    np.testing.assert_allclose(found["stage4"], maps, rtol=0, atol=2e-5 * np.abs(maps).max())
+    _upsampling, _backbone, *head, last = transfers[model].layers
+    for layer in head:
+        maps = layer(maps)
+    kernel, bias = map(np.asarray, last.weights)
+    expected = np.asarray(maps) @ kernel + bias
+    # As above, and a head whose batch norms divide by small deviations.
+    np.testing.assert_allclose(
+        found["logits"], expected, rtol=0, atol=2e-5 * np.abs(expected).max()
+    )
+
+
 def test_every_difference_is_listed_at_once(backbone, tmp_path):
     _write_published(backbone, tmp_path / "a.h5")
     with h5py.File(tmp_path / "a.h5", "a") as file:
@@ -283,12 +308,13 @@ def test_every_difference_is_listed_at_once(backbone, tmp_path):
     with pytest.raises(UserError) as caught:
         port.read(tmp_path / "a.h5")
     assert str(caught.value).splitlines() == [
-        f"{tmp_path / 'a.h5'}: 5 differences from a ResNet-50's parameters:",
+        f"{tmp_path / 'a.h5'}: 5 differences from the expected ResNet-50:",
         "  conv3_block2_1_conv/bias: missing",
         "  conv1_bn/gamma: NaN or infinite numbers",
-        "  conv3_block2_1_conv/kernel: float64, expected float32",
         "  conv4_block1_0_conv/kernel: shape (1, 1, 3, 4), expected (1, 1, 512, 1024)",
         "  conv1_conv/spare: unexpected, float32 (3,)",
+        "  conv3_block2_1_conv/kernel: float64, expected float32; convert before saving "
+        "(PyTorch: tensor.float())",
     ]
 
 

@@ -198,9 +198,9 @@ def test_command_there_and_back_with_certificates(torchvision_file, tmp_path, ca
         r"source +source.safetensors \(torchvision / timm\)",
         f"sha256 +{digest}",
         r"preprocessing +torchvision",
-        r"read +268 tensors",
+        r"read +268 entries",
         r"loaded +267 tensors, 25,610,152 numbers",
-        r"ignored +1 tensors\n +bnN.num_batches_tracked \(1\)",
+        r"ignored +1 entries\n +bnN.num_batches_tracked \(1\)",
         r"stage4 +1x3x4x2048( +-?\d\.\d{4}e[+-]\d\d){3}",
         r"logits +1x1000 ",
     ):
@@ -271,13 +271,27 @@ def caches(tmp_path, monkeypatch):
         ("torchvision", "mine/resnet50-0676ba61.pth"),
     ],
 )
-def test_files_that_are_there_are_used_and_checked(caches, wanted, place):
+def test_files_that_are_there_are_used_and_checked(caches, wanted, place, monkeypatch, capsys):
+    monkeypatch.setenv("no_proxy", "*")
     (caches / place).parent.mkdir(parents=True)
     (caches / place).write_bytes(b"content")
     assert fetch.resolve(wanted, caches / "mine") == caches / place
+    assert capsys.readouterr().err == ""
     (caches / place).write_bytes(b"other content")
-    with pytest.raises(UserError, match=r"its (md5|sha256) is \w+, published is \w+"):
+    differs = r"its (md5|sha256) is \w+, published is \w+.* delete it and fetch it again"
+    is_ours = place.startswith("mine")
+    with pytest.raises(UserError, match=differs if is_ours else "download of .* failed"):
         fetch.resolve(wanted, caches / "mine")
+    # What another program keeps is passed over, aloud.
+    told = re.escape(f"note: passed over: {caches / place}: ") + differs
+    assert bool(re.search(told, capsys.readouterr().err)) != is_ours
+
+
+def test_a_damaged_file_of_a_framework_does_not_hide_our_own(caches):
+    for folder, content in (("keras/models", b"damaged"), ("mine", b"content")):
+        (caches / folder).mkdir(parents=True)
+        (caches / folder / _NOTOP).write_bytes(content)
+    assert fetch.resolve("keras", caches / "mine") == caches / "mine" / _NOTOP
 
 
 @pytest.mark.parametrize(("wanted", "file"), [("keras", _NOTOP), ("torchvision", "resnet50-0676")])

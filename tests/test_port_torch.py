@@ -146,14 +146,62 @@ def test_every_difference_is_listed_at_once(state, tmp_path):
     with pytest.raises(UserError) as caught:
         port.read(tmp_path / "a.pth")
     assert str(caught.value).splitlines() == [
-        f"{tmp_path / 'a.pth'}: 6 differences from a ResNet-50's parameters:",
+        f"{tmp_path / 'a.pth'}: 6 differences from the expected ResNet-50:",
         "  layer1.0.conv1.weight: missing",
         "  layer2.0.conv2.weight: shape (128, 128, 1, 3), expected (128, 128, 3, 3)",
-        "  layer3.0.conv2.weight: float16, expected float32",
         "  layer4.0.bn1.weight: NaN or infinite numbers",
         "  layer4.0.bn1.running_var: negative variance",
         "  layer9.0.conv1.weight: unexpected, float32 (2, 3)",
+        "  layer3.0.conv2.weight: float16, expected float32; convert before saving "
+        "(PyTorch: tensor.float())",
     ]
+
+
+@pytest.mark.parametrize(
+    ("save", "dtype", "name"),
+    [
+        (_save_zip, torch.float16, "float16"),
+        (_save_zip, torch.bfloat16, "bfloat16"),
+        (_save_safetensors, torch.float16, "float16"),
+        (_save_safetensors, torch.bfloat16, "BF16"),
+    ],
+)
+def test_other_precisions_are_one_line(state, tmp_path, save, dtype, name):
+    kept = {key: tensor for key, tensor in state.items() if tensor.ndim}
+    save({key: tensor.to(dtype) for key, tensor in kept.items()}, tmp_path / "a")
+    with pytest.raises(UserError) as caught:
+        port.read(tmp_path / "a")
+    *first, line = str(caught.value).splitlines()
+    assert len(first) == (0 if name == "BF16" else 1)
+    assert f" and 266 more: {name}, expected float32; convert before saving (PyTorch: " in line
+
+
+@pytest.mark.parametrize("save", [_save_zip, _save_stream])
+def test_checkpoint_of_a_training_script(state, tmp_path, save):
+    """DataParallel's names, beside an optimizer with its own tensors and numbered entries."""
+    parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+    optimizer = torch.optim.Adam([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    checkpoint = {
+        "epoch": 3,
+        "model": "resnet50",
+        "state_dict": wrapped,
+        "best": 0.5,
+        "optimizer": optimizer.state_dict(),
+    }
+    save(checkpoint, tmp_path / "a.pth")
+    weights = port.read(tmp_path / "a.pth")
+    _assert_equal(weights.values, _expected(state))
+    assert weights.header.naming == "torchvision / timm, of DataParallel"
+    assert weights.ignored[53:] == ("epoch", "model", "best", "optimizer")
+
+
+def test_a_prefix_that_only_some_names_have_is_no_dataparallel(state, tmp_path):
+    torch.save(dict(state) | {"module.fc.bias": state["fc.bias"]}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"module.fc.bias: unexpected"):
+        port.read(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize(
@@ -161,6 +209,9 @@ def test_every_difference_is_listed_at_once(state, tmp_path):
     [
         ({"epoch": 3, "state_dict": {}}, "no state_dict"),
         ([torch.ones(2)], "no state_dict"),
+        ({"model": {"a": torch.ones(2)}, "state_dict": {"a": torch.ones(2)}}, "just one of"),
+        ({"state_dict": {1: torch.ones(2)}}, "no state_dict"),
+        ({"model": {"a.weight": torch.ones(2)}}, "names are neither"),
         ({"conv1.weights": torch.ones(2)}, "names are neither"),
         ({}, "names are neither"),
     ],
@@ -187,7 +238,8 @@ def test_dtypes_shapes_and_shared_storage(tmp_path, save):
         "bool": torch.tensor([True, False]),
     }
     save(state, tmp_path / "a.pth")
-    found = pth.read(tmp_path / "a.pth")
+    found, entries = pth.read(tmp_path / "a.pth")
+    assert entries == []
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         np.testing.assert_array_equal(found[name], tensor.detach().numpy(), strict=True)

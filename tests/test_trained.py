@@ -92,17 +92,21 @@ def test_a_model_of_keras_is_ported_and_predicts_as_in_keras(sample, pictures, t
     model = notebooks_model(images)
     model.save(tmp_path / "notebook.keras")
     expected = model.predict(images, verbose=0)
-    file = ported(tmp_path / "notebook.keras", tmp_path / "a.safetensors", **NOTEBOOK)
+    # The file says itself what its images go through.
+    file = ported(tmp_path / "notebook.keras", tmp_path / "a.safetensors")
     found = predicted(file, pictures, capsys)
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
     assert np.abs(expected - expected[0]).max() > 100 * TOLERANCE
     label = predict.predict_image(pictures[0], weights=file)
     assert label == CLASS_NAMES[int(expected[0].argmax())]
 
-    # Stated otherwise, it is another function.
+    # Weights alone do not: stated otherwise, they are another function.
+    model.save_weights(tmp_path / "notebook.weights.h5")
     other = NOTEBOOK | {"preprocessing": "keras"}
-    file = ported(tmp_path / "notebook.keras", tmp_path / "b.safetensors", **other)
+    file = ported(tmp_path / "notebook.weights.h5", tmp_path / "b.safetensors", **other)
     assert np.abs(predicted(file, pictures, capsys) - expected).max() > 100 * TOLERANCE
+    with pytest.raises(SystemExit, match="2"):
+        ported(tmp_path / "notebook.keras", tmp_path / "c.safetensors", preprocessing="keras")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import optax
 import pytest
 from flax import nnx
 
-from cifar_jax.errors import UserError
 from cifar_jax.models import resnet50
 from cifar_jax.models.stem import repeat_pixels
 from cifar_jax.models.transfer import (
@@ -274,21 +273,26 @@ def test_pmap_with_axis_name_equals_one_device(head, small):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("create", "name", "value"),
     [
-        dict(variant="v3"),
-        dict(preprocessing="caffe"),
-        dict(upsampling=3),
-        dict(interpolation="cubic"),
-        dict(head="linear"),
-        dict(batch_norm="on"),
+        (resnet50.ResNet50, "variant", "v3"),
+        (resnet50.ResNet50, "batch_norm", "on"),
+        (TransferClassifier, "variant", "v3"),
+        (TransferClassifier, "preprocessing", "caffe"),
+        (TransferClassifier, "upsampling", 3),
+        (TransferClassifier, "interpolation", "cubic"),
+        (TransferClassifier, "head", "linear"),
+        (TransferClassifier, "batch_norm", "on"),
     ],
-    ids=str,
 )
-def test_unknown_names_are_one_clear_line(options):
-    ((name, value),) = options.items()
-    with pytest.raises(UserError) as told:
-        nnx.eval_shape(lambda: TransferClassifier(rngs=nnx.Rngs(0), **options))
+def test_unknown_names_are_one_clear_line(create, name, value):
+    with pytest.raises(ValueError) as told:
+        nnx.eval_shape(lambda: create(rngs=nnx.Rngs(0), **{name: value}))
     message = str(told.value)
     assert name in message and repr(value) in message and "expected one of" in message
     assert "\n" not in message
+
+
+def test_unknown_preprocessing_is_one_clear_line():
+    with pytest.raises(ValueError, match="'caffe'; expected one of keras, torchvision, unit"):
+        preprocess(np.zeros((1, 2, 2, 3)), "caffe")

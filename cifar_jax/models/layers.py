@@ -4,7 +4,8 @@ Convolutions and dense layers are Flax's own `nnx.Conv` and `nnx.Linear`.
 """
 
 import functools
-from typing import Literal
+from collections.abc import Collection
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,13 @@ from flax import nnx
 from jax import lax
 
 BatchNormMode = Literal["train", "eval", "frozen"]
+BATCH_NORM_MODES = get_args(BatchNormMode)
+
+
+def check_name(field: str, name: object, known: Collection) -> None:
+    """Raises `ValueError`, which tells the choices, where `name` is none of the known ones."""
+    if name not in known:
+        raise ValueError(f"{field} is {name!r}; expected one of {', '.join(map(str, known))}")
 
 
 class BatchNorm(nnx.Module):

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cifar_jax.models.layers import BatchNorm, BatchNormMode, max_pool
+from cifar_jax.models.layers import (
+    BATCH_NORM_MODES,
+    BatchNorm,
+    BatchNormMode,
+    check_name,
+    max_pool,
+)
 from cifar_jax.models.stem import conv_of_repeated
 
 STAGE_BLOCKS = (3, 4, 6, 3)
@@ -192,7 +198,12 @@ class ResNet50(nnx.Module):
             dtype: of the computation.
             param_dtype: of the parameters and running statistics.
             rngs: the stream "params" draws the initial values.
+
+        Raises:
+            ValueError: `variant` or `batch_norm` is none of the known ones.
         """
+        check_name("variant", variant, VARIANTS)
+        check_name("batch_norm", batch_norm, BATCH_NORM_MODES)
         self.batch_norm = batch_norm
         self.dtype = dtype
         precision = dict(dtype=dtype, param_dtype=param_dtype)

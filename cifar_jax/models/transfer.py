@@ -1,15 +1,11 @@
 """ResNet-50 on CIFAR-10: preprocessing, upsampling, backbone, new head."""
 
-import typing
-from collections.abc import Collection
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cifar_jax.errors import UserError
-from cifar_jax.models.layers import BatchNorm, BatchNormMode, dropout
-from cifar_jax.models.resnet50 import VARIANTS, ResNet50
+from cifar_jax.models.layers import BatchNorm, BatchNormMode, check_name, dropout
+from cifar_jax.models.resnet50 import ResNet50
 
 UPSAMPLINGS = (1, 2, 4, 8)
 INTERPOLATIONS = ("nearest", "bilinear")
@@ -36,7 +32,11 @@ def preprocess(images: jax.Array, kind: str, *, dtype: jnp.dtype = jnp.float32) 
         kind: a name in `PREPROCESSINGS`.
         dtype: of the result; computed in float32 at least, since bfloat16 cannot hold a pixel
             less its mean.
+
+    Raises:
+        ValueError: `kind` is none of the known ones.
     """
+    check_name("preprocessing", kind, PREPROCESSINGS)
     reverse_channels, mean, deviation = PREPROCESSINGS[kind]
     wide = jnp.promote_types(dtype, jnp.float32)
     x = images.astype(wide)
@@ -153,14 +153,12 @@ class TransferClassifier(nnx.Module):
             rngs: the stream "params" draws the initial values.
 
         Raises:
-            UserError: a name or the upsampling is none of the known ones.
+            ValueError: a name or the upsampling is none of the known ones.
         """
-        _check("variant", variant, VARIANTS)
-        _check("preprocessing", preprocessing, PREPROCESSINGS)
-        _check("upsampling", upsampling, UPSAMPLINGS)
-        _check("interpolation", interpolation, INTERPOLATIONS)
-        _check("head", head, HEADS)
-        _check("batch_norm", batch_norm, typing.get_args(BatchNormMode))
+        check_name("preprocessing", preprocessing, PREPROCESSINGS)
+        check_name("upsampling", upsampling, UPSAMPLINGS)
+        check_name("interpolation", interpolation, INTERPOLATIONS)
+        check_name("head", head, HEADS)
         self.preprocessing = preprocessing
         self.upsampling = upsampling
         self.interpolation = interpolation
@@ -227,8 +225,3 @@ class HeadClassifier(nnx.Module):
     ) -> jax.Array:
         """Logits of maps [B, h, w, 2048], or of their means [B, 1, 1, 2048] for a pooled head."""
         return self.head(maps, train=train, keys=keys, axis_name=axis_name)
-
-
-def _check(name: str, value: object, known: Collection) -> None:
-    if value not in known:
-        raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, known))}")

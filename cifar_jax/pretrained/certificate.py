@@ -3,57 +3,106 @@
 import collections
 import dataclasses
 import functools
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from cifar_jax.models.resnet50 import ResNet50
-from cifar_jax.models.transfer import preprocess
-from cifar_jax.pretrained.names import printable
-from cifar_jax.pretrained.ours import digests
+from cifar_jax.models.transfer import FlattenHead, PooledHead, preprocess
+from cifar_jax.pretrained.names import FEATURES, Head, Structure, printable
+from cifar_jax.pretrained.ours import Header, digests
 from cifar_jax.pretrained.port import Weights
 
-_FORMULA = "(3 y^2 + 5 x (c + 1) + x y) // 7 mod 256; y < 96, x < 128, c = 0, 1, 2 (RGB)"
+_FORMULA = "(3 y^2 + 5 x (c + 1) + x y) // 7 mod 256; y < {}, x < {}, c = 0, 1, 2 (RGB)"
+_POOLED_UPSAMPLING = 8  # of a head that takes any size
 _STAGES = ("stem", "stage1", "stage2", "stage3", "stage4", "pooled", "logits")
 
 
-def picture() -> np.ndarray:
-    """Returns the fixed picture, uint8 [1, 96, 128, 3]: not square, and symmetric in no axis."""
-    y, x, c = np.ogrid[:96, :128, :3]
-    return ((3 * y * y + 5 * x * (c + 1) + x * y) // 7 % 256).astype(np.uint8)[np.newaxis]
+def picture(head: Head | None = None) -> np.ndarray:
+    """Returns the fixed picture, uint8, symmetric in no axis.
+
+    Args:
+        head: None gives [1, 96, 128, 3], not square. A transfer model's gives 32x32 pixels, each
+            repeated to the size that a flatten head is made for, or x8 for a pooled one.
+    """
+    height, width = _size(head)
+    y, x, c = np.ogrid[:height, :width, :3]
+    pixels = ((3 * y * y + 5 * x * (c + 1) + x * y) // 7 % 256).astype(np.uint8)[np.newaxis]
+    return pixels.repeat(_upsampling(head), 1).repeat(_upsampling(head), 2)
+
+
+def preprocessing(header: Header) -> str:
+    """Returns how the picture is preprocessed: as the weights' own pictures were, where known.
+
+    Otherwise as for the published weights of the variant.
+    """
+    return header.variant if header.preprocessing == "unknown" else header.preprocessing
 
 
 def activations(weights: Weights) -> dict[str, np.ndarray]:
     """Returns every stage's output on the picture, float32, by the names of `ResNet50.features`.
 
-    The backbone of a transfer model is fed with the published preprocessing of its variant.
+    The logits are those of the top, or of a transfer model's head.
     """
-    variant = weights.header.variant
-    model = nnx.eval_shape(
-        lambda: ResNet50(variant, num_classes=weights.structure.classes, rngs=nnx.Rngs(0))
-    )
-    graph, state = nnx.split(model)
-    values = {name.removeprefix("backbone."): array for name, array in weights.values.items()}
+    structure = weights.structure
+    create = functools.partial(_Network, structure, preprocessing(weights.header))
+    graph, state = nnx.split(nnx.eval_shape(create))
+    prefix = "" if structure.head else "backbone."
     filled = nnx.from_flat_state(
-        (path, variable.replace(values[".".join(path)]))
+        (path, variable.replace(weights.values[".".join(path).removeprefix(prefix)]))
         for path, variable in nnx.to_flat_state(state)
     )
-
     with jax.default_matmul_precision("highest"):
-        found = _features(graph, variant, filled, picture())
+        found = _run(graph, filled, picture(structure.head))
     return {name: np.asarray(found[name]) for name in _STAGES if name in found}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _features(
-    graph: nnx.GraphDef, variant: str, state: nnx.State, images: np.ndarray
-) -> dict[str, jax.Array]:
-    return nnx.merge(graph, state).features(preprocess(images, variant), train=False)
+class _Network(nnx.Module):
+    """What a structure describes, for pictures of the right size already."""
+
+    def __init__(self, structure: Structure, preprocessing: str):
+        self.preprocessing = preprocessing
+        rngs = nnx.Rngs(0)
+        self.backbone = ResNet50(structure.variant, num_classes=structure.classes, rngs=rngs)
+        shared = dict(dropout=0.0, dtype=jnp.float32, param_dtype=jnp.float32, rngs=rngs)
+        create = {"flatten": FlattenHead, "pooled": PooledHead}
+        head = structure.head
+        self.head = head and create[head.kind](head.features, head.classes, **shared)
+
+    def __call__(self, images: jax.Array) -> dict[str, jax.Array]:
+        outputs = self.backbone.features(preprocess(images, self.preprocessing), train=False)
+        if self.head is not None:
+            maps = outputs["stage4"]
+            outputs["logits"] = self.head(maps, train=False, keys=None, axis_name=None)
+        return outputs
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graph: nnx.GraphDef, state: nnx.State, images: np.ndarray) -> dict[str, jax.Array]:
+    return nnx.merge(graph, state)(images)
+
+
+def _size(head: Head | None) -> tuple[int, int]:
+    return (32, 32) if head else (96, 128)
+
+
+def _upsampling(head: Head | None) -> int:
+    if head is None:
+        return 1
+    return math.isqrt(head.features // FEATURES) if head.kind == "flatten" else _POOLED_UPSAMPLING
+
+
+def _formula(head: Head | None) -> str:
+    factor = _upsampling(head)
+    repeated = f"; each pixel repeated {factor} x {factor}" if head else ""
+    return _FORMULA.format(*_size(head)) + repeated
 
 
 def certify(weights: Weights, written: str | os.PathLike) -> dict[str, Any]:
@@ -71,7 +120,11 @@ def certify(weights: Weights, written: str | os.PathLike) -> dict[str, Any]:
         "numbers": sum(array.size for array in weights.values.values()),
         "ignored": list(weights.ignored),
         "written": {"file": Path(written).name, **digests(written)},
-        "picture": {"formula": _FORMULA, "preprocessing": weights.header.variant},
+        "network": weights.network,
+        "picture": {
+            "formula": _formula(weights.structure.head),
+            "preprocessing": preprocessing(weights.header),
+        },
         "activations": {name: _statistics(array) for name, array in found.items()},
     }
 
@@ -86,12 +139,13 @@ def as_text(certificate: dict[str, Any]) -> str:
         f"    md5          {certificate['md5']}",
         f"  variant        {certificate['variant']}",
         f"  preprocessing  {certificate['preprocessing']}",
+        *([f"  network        {certificate['network']}"] if certificate["network"] else []),
         f"  head           {certificate['head']}, upsampling {certificate['upsampling']}, "
         f"interpolation {certificate['interpolation']}",
         f"  license        {certificate['license']}",
-        f"  read           {certificate['read']} tensors",
+        f"  read           {certificate['read']} entries",
         f"  loaded         {certificate['loaded']} tensors, {certificate['numbers']:,} numbers",
-        f"  ignored        {len(certificate['ignored'])} tensors",
+        f"  ignored        {len(certificate['ignored'])} entries",
         *(f"    {line}" for line in _summary(certificate["ignored"])),
         f"  written        {written['file']}",
         f"    sha256       {written['sha256']}",

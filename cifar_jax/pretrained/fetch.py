@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from cifar_jax.download import download
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, tell
 
 CACHE = "~/.cache/cifar_jax/weights"
 _TIMEOUT = 20.0  # seconds
@@ -31,7 +31,8 @@ class Published:
         if not found.startswith(self.digest):
             raise UserError(
                 f"{path}: its {self.algorithm} is {found[: len(self.digest)]}, published is "
-                f"{self.digest}: another file under this name, or damaged; fetch it again"
+                f"{self.digest}: another file under this name, or damaged; delete it and fetch it "
+                "again"
             )
 
 
@@ -71,10 +72,11 @@ def resolve(pretrained: str, cache: str | os.PathLike = CACHE) -> Path:
         return path
     cache = Path(cache).expanduser()
     for file in _WANTED[pretrained]:
-        for folder in (cache, _framework_cache(pretrained)):
-            if (folder / file).is_file():
-                PUBLISHED[file].check(folder / file)
-                return folder / file
+        if (cache / file).is_file():
+            PUBLISHED[file].check(cache / file)
+            return cache / file
+        if _is_sound(PUBLISHED[file], _framework_cache(pretrained) / file):
+            return _framework_cache(pretrained) / file
     return _download(PUBLISHED[_WANTED[pretrained][0]], cache)
 
 
@@ -91,6 +93,18 @@ def check_published(path: str | os.PathLike) -> Published | None:
     if published:
         published.check(path)
     return published
+
+
+def _is_sound(published: Published, path: Path) -> bool:
+    """Returns whether a framework's cache holds the file; a damaged one is the framework's own."""
+    try:
+        if not path.is_file():
+            return False
+        published.check(path)
+    except (UserError, OSError) as error:
+        tell(f"note: passed over: {error}")
+        return False
+    return True
 
 
 def _download(published: Published, cache: Path) -> Path:

@@ -129,17 +129,31 @@ def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, Shape]) 
         One line for each difference; empty where the tensors are exactly the expected ones.
     """
     lines = [f"{name}: missing" for name in expected if name not in found]
+    dtypes = {}
     for name, array in found.items():
         if name not in expected:
             lines.append(f"{printable(name)}: unexpected, {array.dtype} {array.shape}")
         elif array.shape != tuple(expected[name]):
             lines.append(f"{name}: shape {array.shape}, expected {tuple(expected[name])}")
         elif array.dtype != np.float32:
-            lines.append(f"{name}: {array.dtype}, expected float32")
+            dtypes[name] = str(array.dtype)
         elif not np.isfinite(array).all():
             lines.append(f"{name}: NaN or infinite numbers")
         elif name.endswith(("var", "variance")) and array.min() < 0:
             lines.append(f"{name}: negative variance")
+    return lines + wrong_dtypes(dtypes)
+
+
+def wrong_dtypes(dtypes: Mapping[str, str]) -> list[str]:
+    """Returns one line for each dtype of {name: dtype}, all of which should be float32."""
+    lines = []
+    for dtype in sorted(set(dtypes.values())):
+        first, *more = (name for name, found in dtypes.items() if found == dtype)
+        others = f" and {len(more)} more" if more else ""
+        lines.append(
+            f"{printable(first)}{others}: {dtype}, expected float32; convert before saving "
+            "(PyTorch: tensor.float())"
+        )
     return lines
 
 

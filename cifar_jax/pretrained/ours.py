@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import transfer
-from cifar_jax.pretrained.names import VARIANTS, printable
+from cifar_jax.pretrained.names import VARIANTS, printable, wrong_dtypes
 
 FORMAT_VERSION = 1
 PREPROCESSINGS = (*transfer.PREPROCESSINGS, "unknown")
@@ -71,12 +71,11 @@ def read_safetensors(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], di
     _check_header_length(path)
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            tensors = {}
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if (dtype := file.get_slice(name).get_dtype()) not in _DTYPES:
-                    raise UserError(f"{path}: {printable(name)}: {dtype}, expected float32 (F32)")
-                tensors[name] = file.get_tensor(name)
-            return tensors, file.metadata() or {}
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            odd = {name: dtype for name, dtype in dtypes.items() if dtype not in _DTYPES}
+            if odd:
+                raise UserError(f"{path}: {'; '.join(wrong_dtypes(odd))}")
+            return {name: file.get_tensor(name) for name in dtypes}, file.metadata() or {}
     except (safetensors.SafetensorError, OSError, ValueError, TypeError, OverflowError) as error:
         reason = printable(" ".join(str(error).split()))
         raise UserError(f"{path}: damaged or truncated safetensors file: {reason}") from error

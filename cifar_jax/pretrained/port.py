@@ -1,15 +1,17 @@
 """Any published file of weights -> our names, strictly; and back to the published names."""
 
+import dataclasses
 import io
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from cifar_jax.errors import UserError
-from cifar_jax.pretrained import hdf5, keras, keras_files, ours, pth, torch
+from cifar_jax.pretrained import hdf5, keras, keras_config, keras_files, ours, pth, torch
 from cifar_jax.pretrained.archive import open_archive, read_member
 from cifar_jax.pretrained.fetch import check_published
 from cifar_jax.pretrained.names import (
@@ -21,7 +23,11 @@ from cifar_jax.pretrained.names import (
     structure_of,
 )
 
-_KERAS_MEMBER = "model.weights.h5"
+_KERAS_MEMBER, _KERAS_CONFIG = "model.weights.h5", "config.json"
+_ASSUMED = (
+    "assumed: activations, strides, padding, epsilons, pooling and order of layers of {} "
+    "(the file has weights only)"
+)
 _TORCH_NAMINGS = {"torchvision": "torchvision / timm", "huggingface": "Hugging Face"}
 
 
@@ -32,8 +38,9 @@ class Weights:
     values: dict[str, np.ndarray]  # float32
     header: ours.Header
     ported: bool  # the file was ours already
-    read: int  # tensors in the file
+    read: int  # tensors in the file, and the other entries of a checkpoint
     ignored: tuple[str, ...]  # the file's names of those not used
+    network: str = ""  # whether the file says what is computed with them
 
     @property
     def structure(self) -> Structure:
@@ -50,6 +57,9 @@ class _Source:
     tensors: dict[str, np.ndarray]
     ignored: list[str]
     table: dict[str, Entry]
+    network: str
+    settings: dict[str, Any] = field(default_factory=dict)  # of `config.model`, as the file says
+    differences: list[str] = field(default_factory=list)  # between its network and ours
     license: str | None = None
 
 
@@ -75,7 +85,8 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
                 return _read_ours(path, variant, tensors=tensors, metadata=metadata, header=header)
             source = _torch_source(tensors, path, license=metadata.get("license"))
         elif kind == "torch":
-            source = _torch_source(pth.read(path), path)
+            tensors, entries = pth.read(path)
+            source = _torch_source(tensors, path, entries=entries)
         else:
             source = _keras_source(path, kind)
         digests = ours.digests(path)
@@ -85,13 +96,16 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
     values = _through_table(source, path)
     structure = structure_of(values, source.variant)
     is_flatten = structure.tuned_head == "flatten"
+    settings = source.settings
+    published_for = "unknown" if structure.tuned_head else source.variant
     header = ours.Header(
         source=printable(path.name),
         naming=source.naming,
         variant=source.variant,
-        preprocessing="unknown" if structure.tuned_head else source.variant,
+        preprocessing=settings.get("preprocessing", published_for),
         head=structure.tuned_head,
-        upsampling=structure.head.side if is_flatten else None,
+        upsampling=structure.head.side if is_flatten else settings.get("upsampling"),
+        interpolation=settings.get("interpolation"),
         license=printable(source.license or (published.license if published else "unknown")),
         **digests,
     )
@@ -101,6 +115,7 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
         ported=False,
         read=len(values) + len(source.ignored),
         ignored=tuple(source.ignored),
+        network=source.network,
     )
 
 
@@ -181,39 +196,75 @@ def _read_ours(
 
 
 def _torch_source(
-    tensors: Mapping[str, np.ndarray], path: Path, license: str | None = None
+    tensors: Mapping[str, np.ndarray],
+    path: Path,
+    *,
+    entries: Sequence[str] = (),
+    license: str | None = None,
 ) -> _Source:
+    tensors, is_parallel = torch.without_module(tensors)
     naming, canonical, ignored = torch.canonical(tensors, str(path))
     structure = Structure("torchvision", classes=torch.classes(canonical))
     table = torch.table(structure, naming)
     return _Source(
-        _TORCH_NAMINGS[naming], "torchvision", canonical, ignored, table=table, license=license
+        _TORCH_NAMINGS[naming] + (", of DataParallel" if is_parallel else ""),
+        "torchvision",
+        canonical,
+        [*ignored, *entries],
+        table=table,
+        network=_ASSUMED.format("torchvision (v1.5)"),
+        license=license,
     )
 
 
 def _keras_source(path: Path, kind: str) -> _Source:
     content: Path | io.BytesIO = path
+    config: str | bytes | None = None
     if kind == "keras":
         with open_archive(path) as archive:
             content = io.BytesIO(read_member(archive, _KERAS_MEMBER, path=path))
+            config = read_member(archive, _KERAS_CONFIG, path=path)
     with hdf5.open_tree(content, path=str(path), size=path.stat().st_size) as tree:
         found = keras_files.read(tree)
+        if kind == "hdf5":
+            config = tree.text("", "model_config")  # of model.save("model.h5")
     structure = Structure("keras", classes=found.classes, head=found.head)
-    table = keras.table(structure)
-    return _Source(f"Keras, {found.layout}", "keras", found.tensors, found.ignored, table=table)
+    source = _Source(
+        f"Keras, {found.layout}",
+        "keras",
+        found.tensors,
+        found.ignored,
+        table=keras.table(structure),
+        network=_ASSUMED.format("keras.applications"),
+    )
+    return source if config is None else _compared(source, config, structure)
+
+
+def _compared(source: _Source, config: str | bytes, structure: Structure) -> _Source:
+    """Adds to a source what Keras's description of the model says."""
+    network = keras_config.compare(config, structure)
+    settings = ", ".join(f"{name} {value}" for name, value in network.settings.items())
+    return dataclasses.replace(
+        source,
+        network=f"compared with Keras's config ({settings or 'no settings'})",
+        settings=network.settings,
+        differences=[f"Keras's config: {line}" for line in network.differences],
+    )
 
 
 def _through_table(source: _Source, path: Path) -> dict[str, np.ndarray]:
     expected = {name: entry.source_shape for name, entry in source.table.items()}
-    _raise_on(differences(source.tensors, expected), path)
+    lines = differences(source.tensors, expected) + source.differences
+    advice = "; to port the numbers alone, save them with model.save_weights"
+    _raise_on(lines, path, advice if source.differences else "")
     # Popped one by one, so that the file is not in memory twice.
     return {
         entry.name: entry.load(source.tensors.pop(name)) for name, entry in source.table.items()
     }
 
 
-def _raise_on(lines: list[str], path: Path) -> None:
+def _raise_on(lines: list[str], path: Path, advice: str = "") -> None:
     if lines:
         listed = "\n  ".join(lines)
         count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
-        raise UserError(f"{path}: {count} from a ResNet-50's parameters:\n  {listed}")
+        raise UserError(f"{path}: {count} from the expected ResNet-50{advice}:\n  {listed}")

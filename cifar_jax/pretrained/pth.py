@@ -20,17 +20,20 @@ from cifar_jax.pretrained.unpickle import MalformedError, Storage, Tensor, expec
 
 STREAM_MAGIC = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
 _STREAM_PROTOCOL = 1001
+_CHECKPOINT_KEYS = ("state_dict", "model", "model_state_dict")  # training scripts' usual names
 _MOST_PICKLE_BYTES = 4 << 20  # a ResNet-50's has about 45 KB
 
 
-def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a state_dict.
+def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Reads a state_dict, or the one that a checkpoint holds beside other things.
 
     Args:
-        path: a file that `torch.save(model.state_dict(), path)` wrote.
+        path: a file that `torch.save(model.state_dict(), path)` wrote, or `torch.save` of
+            {"state_dict": model.state_dict(), "epoch": 3, ...}.
 
     Returns:
-        {name: array}; arrays may share memory and need not be contiguous.
+        {name: array}, which may share memory and need not be contiguous; and the names of a
+        checkpoint's other entries.
 
     Raises:
         UserError: where the file is damaged, asks for anything but tensors, or is no state_dict.
@@ -48,7 +51,7 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: damaged file of PyTorch: {reason}") from error
 
 
-def _read_zip(path: Path) -> dict[str, np.ndarray]:
+def _read_zip(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     with open_archive(path) as archive:
         pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -70,19 +73,22 @@ def _read_zip(path: Path) -> dict[str, np.ndarray]:
                 storages[storage.key] = read_member(archive, member, path=path)
             return storages[storage.key]
 
-        return _arrays(tree, content)
+        tensors, others = _state_dict(tree)
+        return _arrays(tensors, content), others
 
 
-def _read_stream(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
+def _read_stream(file: BinaryIO, size: int) -> tuple[dict[str, np.ndarray], list[str]]:
     file.seek(0)
     head = io.BytesIO(file.read(_MOST_PICKLE_BYTES))
-    _magic, protocol, system, tree, keys = (unpickle(head) for _ in range(5))
+    dtypes: dict[str, np.dtype] = {}
+    _magic, protocol, system, tree, keys = (unpickle(head, dtypes) for _ in range(5))
     if protocol != _STREAM_PROTOCOL or not isinstance(keys, list):
         raise MalformedError("an unknown release of torch.save wrote this; save it again")
     if isinstance(system, dict) and system.get("little_endian") is not True:
         raise MalformedError("written on a big-endian machine; save it on another one")
     file.seek(head.tell())
-    dtypes = {tensor.storage.key: tensor.storage.dtype for tensor in _tensors(tree).values()}
+    tensors, others = _state_dict(tree)
+    wanted = {tensor.storage.key for tensor in tensors.values()}
     storages: dict[str, bytes] = {}
     for key in (expect(key, str) for key in keys):
         numbers = int.from_bytes(file.read(8), "little")
@@ -91,21 +97,38 @@ def _read_stream(file: BinaryIO, size: int) -> dict[str, np.ndarray]:
         length = numbers * dtypes[key].itemsize
         if length > size - file.tell():
             raise MalformedError(f"truncated: storage {printable(key)} ends beyond the file")
-        storages[key] = file.read(length)
-    return _arrays(tree, lambda storage: storages[storage.key])
+        if key in wanted:
+            storages[key] = file.read(length)
+        else:
+            file.seek(length, os.SEEK_CUR)
+    return _arrays(tensors, lambda storage: storages[storage.key]), others
 
 
-def _tensors(tree: Any) -> dict[str, Tensor]:
-    if not isinstance(tree, dict) or not all(isinstance(item, Tensor) for item in tree.values()):
+def _state_dict(tree: Any) -> tuple[dict[str, Tensor], list[str]]:
+    """Returns the tensors, and the names of what else there is."""
+    if _holds_tensors(tree):
+        return tree, []
+    checkpoint = tree if isinstance(tree, dict) else {}
+    inner = [key for key in _CHECKPOINT_KEYS if _holds_tensors(checkpoint.get(key) or None)]
+    if len(inner) != 1:
         raise MalformedError(
-            "is no state_dict of tensors; save it with torch.save(model.state_dict(), path)"
+            "is no state_dict of tensors, nor a checkpoint with just one of "
+            f"{', '.join(_CHECKPOINT_KEYS)}; save it with torch.save(model.state_dict(), path)"
         )
-    return tree
+    return checkpoint[inner[0]], [str(key) for key in checkpoint if key != inner[0]]
 
 
-def _arrays(tree: Any, content: Callable[[Storage], bytes]) -> dict[str, np.ndarray]:
+def _holds_tensors(tree: Any) -> bool:
+    return isinstance(tree, dict) and all(
+        isinstance(name, str) and isinstance(item, Tensor) for name, item in tree.items()
+    )
+
+
+def _arrays(
+    tensors: dict[str, Tensor], content: Callable[[Storage], bytes]
+) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, tensor in _tensors(tree).items():
+    for name, tensor in tensors.items():
         flat = np.frombuffer(content(tensor.storage), tensor.storage.dtype)
         if flat.size != tensor.storage.numbers:
             raise MalformedError(

@@ -19,6 +19,7 @@ _LEAVES = {
 }
 _HUGGING_FACE_MODEL = "resnet."  # in front of the names of a model with a classifier
 _IGNORED = ".num_batches_tracked"  # a counter of training steps
+_PARALLEL = "module."  # what torch.nn.DataParallel puts in front of every name
 
 
 def table(structure: Structure, naming: str) -> dict[str, Entry]:
@@ -35,6 +36,13 @@ def table(structure: Structure, naming: str) -> dict[str, Entry]:
             name = f"{layer_name(layer.path)}.{_LEAVES[layer.kind][leaf]}"
             entries[name] = _entry(layer, leaf, shape)
     return entries
+
+
+def without_module(tensors: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], bool]:
+    """Returns the tensors without DataParallel's prefix, and whether all names had it."""
+    if not tensors or not all(name.startswith(_PARALLEL) for name in tensors):
+        return tensors, False
+    return {name.removeprefix(_PARALLEL): array for name, array in tensors.items()}, True
 
 
 def canonical(

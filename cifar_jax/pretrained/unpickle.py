@@ -70,8 +70,16 @@ class Tensor:
 _MARK = object()
 
 
-def unpickle(stream: BinaryIO) -> Any:
-    """Interprets one pickle; raises `MalformedError` at what no state_dict needs."""
+def unpickle(stream: BinaryIO, dtypes: dict[str, np.dtype] | None = None) -> Any:
+    """Interprets one pickle.
+
+    Args:
+        stream: behind the pickle afterwards.
+        dtypes: is told the dtype of every storage by its key.
+
+    Raises:
+        MalformedError: at what no state_dict needs.
+    """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     while True:
@@ -92,6 +100,8 @@ def unpickle(stream: BinaryIO) -> Any:
             stack.append(memo[argument])
         elif opcode.name != "PROTO":
             _step(opcode.name, argument, stack)
+            if opcode.name == "BINPERSID" and dtypes is not None:
+                dtypes[stack[-1].key] = stack[-1].dtype
 
 
 def _argument(opcode: pickletools.OpcodeInfo, stream: BinaryIO) -> Any:
@@ -138,7 +148,7 @@ def _allowed_global(name: str) -> _Global:
     if name not in (_DICT, *_TENSORS, _PARAMETER, *_STORAGES):
         raise MalformedError(
             f"refused: the file asks to call {printable(name.replace(' ', '.'))}; "
-            "only tensors are read"
+            "only tensors are read: save them alone, with torch.save(model.state_dict(), path)"
         )
     return _Global(name)
 
@@ -170,8 +180,10 @@ def _storage(*identity: Any) -> Storage:
 
 def _set_items(target: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
-        # Only strings: hashing nested tuples from a file could take for ever.
-        expect(target, dict)[expect(key, str)] = value
+        # Strings, and numbers of parameters as optimizers have: hashing nested tuples or numbers
+        # made to collide could take for ever.
+        is_count = type(key) is int and 0 <= key < 1 << 20
+        expect(target, dict)[key if is_count else expect(key, str)] = value
 
 
 def _pop_to_mark(stack: list[Any]) -> list[Any]:
