@@ -8,18 +8,14 @@ He et al., "Deep Residual Learning for Image Recognition", 2015. Parameter paths
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cifar_jax.models.layers import (
-    BATCH_NORM_MODES,
-    BatchNorm,
-    BatchNormMode,
-    check_name,
-    max_pool,
-)
+from cifar_jax.models.batch_norm import BATCH_NORM_MODES, BatchNorm, BatchNormMode
+from cifar_jax.models.layers import check_name, max_pool, pointwise
 from cifar_jax.models.stem import conv_of_repeated
 
 STAGE_BLOCKS = (3, 4, 6, 3)
@@ -91,11 +87,16 @@ class _Layers:
         )
         return cls(
             conv=functools.partial(nnx.Conv, **weights),
-            pointwise=functools.partial(nnx.Linear, **weights),
+            pointwise=functools.partial(nnx.Linear, dot_general=_dot_general, **weights),
             norm=norm,
             last_norm=functools.partial(norm, initial_scale=0.0 if zero_gamma else 1.0),
             stride_in_3x3=spec.stride_in_3x3,
         )
+
+
+def _dot_general(x: jax.Array, kernel: jax.Array, *_: Any, **__: Any) -> jax.Array:
+    """What `nnx.Linear` asks of `jax.lax.dot_general`, by `pointwise`."""
+    return pointwise(x, kernel)
 
 
 class Bottleneck(nnx.Module):

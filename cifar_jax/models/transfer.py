@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cifar_jax.models.layers import BatchNorm, BatchNormMode, check_name, dropout
+from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
+from cifar_jax.models.layers import check_name, dropout
 from cifar_jax.models.resnet50 import ResNet50
 
 UPSAMPLINGS = (1, 2, 4, 8)
