@@ -8,8 +8,8 @@ from tests.references import weights
 PREPROCESSING_MODES = {"keras": "caffe", "torchvision": "torch"}
 
 
-def create(*, upsampling: int, preprocessing: str):
-    """The model, ending in logits and without dropout; its layers carry our names."""
+def create(*, upsampling: int, preprocessing: str, dropout: float = 0):
+    """The model, ending in logits; its layers carry our names."""
     import keras
     from keras import layers
 
@@ -29,8 +29,10 @@ def create(*, upsampling: int, preprocessing: str):
     x = layers.Flatten()(backbone(x))
     x = layers.BatchNormalization(name="norm1")(x)
     x = layers.Dense(128, "relu", name="dense1")(x)
+    x = layers.Dropout(dropout)(x)
     x = layers.BatchNormalization(name="norm2")(x)
     x = layers.Dense(64, "relu", name="dense2")(x)
+    x = layers.Dropout(dropout)(x)
     x = layers.BatchNormalization(name="norm3")(x)
     return keras.Model(images, layers.Dense(10, name="logits")(x))
 

@@ -1,0 +1,179 @@
+"""Times the transfer model against PyTorch and Keras: a train step, inference, or features.
+
+    python -m experiments.benchmarks.resnet [--work=train] [--upsampling=8] [--batch-size=32]
+
+Everybody computes the same network in float32 on all cores; README.md says what is compared.
+"""
+
+import argparse
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.benchmarks import interleaved, limit, ours, peers
+from experiments.benchmarks.interleaved import Report
+from experiments.benchmarks.job import WORKS, Job
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
+MACHINE = "machine"
+TITLES = {"train": "One training step", "infer": "Inference", "features": "Feature extraction"}
+CONTENDERS = {
+    "ours": ours.ours,
+    "pytorch": peers.pytorch,
+    "pytorch-compiled": peers.pytorch_compiled,
+    "keras-tf": functools.partial(peers.keras, backend="tensorflow", jit_compile=False),
+    "keras-tf-xla": functools.partial(peers.keras, backend="tensorflow", jit_compile=True),
+    "keras-jax": functools.partial(peers.keras, backend="jax", jit_compile=True),
+    "plain-jax": ours.plain_jax,
+}
+
+
+def offered(job: Job) -> list[str]:
+    """Returns the names of the contenders that can do a job: Keras has one of the two variants."""
+    keras_too = job.variant == "keras"
+    plain_too = job.work != "features"  # `cifar_jax.features` makes its own backbone
+    return [
+        name
+        for name in CONTENDERS
+        if (keras_too or not name.startswith("keras")) and (plain_too or name != "plain-jax")
+    ]
+
+
+def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
+    """Lets our package and the named contenders take turns, the machine's own rate among them."""
+    workers = {"ours": functools.partial(CONTENDERS["ours"], job)}
+    workers |= {name: functools.partial(CONTENDERS[name], job) for name in names}
+    reports = interleaved.run({**workers, MACHINE: limit.machine}, rounds=rounds)
+    rates = reports.pop(MACHINE)
+    return {
+        "job": {**vars(job), "size": job.size, "images_a_turn": job.images_a_turn},
+        "gflop_per_image": job.flop / 1e9,
+        "machine": interleaved.describe_machine(PACKAGES),
+        "limit": summarize_rates(rates),
+        "summary": summarize(job, reports, rates),
+        "reports": reports,
+    }
+
+
+def summarize_rates(rates: Sequence[Report]) -> dict[str, Any]:
+    """Returns what the machine ran fastest and its GFLOP/s, and those of all (medians)."""
+    medians = {
+        name: float(np.median([each["gflops"][name] for each in rates]))
+        for name in rates[0]["gflops"]
+    }
+    fastest = max(medians, key=medians.get)
+    return {"fastest": fastest, "gflops": medians[fastest], "all": medians}
+
+
+def summarize(
+    job: Job, reports: Mapping[str, Sequence[Report]], rates: Sequence[Report]
+) -> dict[str, dict[str, Any]]:
+    """Adds to `interleaved.summarize` the time of an image, and the share of the machine's rate.
+
+    The share is paired by round, as the ratio is: the machine's rate drifts with all the others'.
+    """
+    fastest = summarize_rates(rates)["fastest"]
+    limits = np.array([each["gflops"][fastest] for each in rates])
+    summary = interleaved.summarize(reports, base="ours")
+    for name, row in summary.items():
+        seconds = np.array([each["seconds"] for each in reports[name]]) / job.images_a_turn
+        gflops = job.flop / seconds / 1e9
+        row |= {
+            "image_ms": [float(1e3 * f(seconds)) for f in (np.median, np.min, np.max)],
+            "gflops": float(np.median(gflops)),
+            "share": float(np.median(gflops / limits)),
+        }
+    return summary
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Returns the Markdown page."""
+    job, limits, reports = results["job"], results["limit"], results["reports"]
+    header = ["", "ms an image", "range", "ratio to ours", "95 % interval", "peak MB"]
+    header += ["GFLOP/s", "share of the machine's rate", "last loss"]
+    rows = []
+    for name, s in results["summary"].items():
+        median, low, high = s["image_ms"]
+        loss = reports[name][-1]["loss"]
+        rows.append(
+            [
+                name,
+                f"{median:.1f}",
+                f"{low:.1f}-{high:.1f}",
+                f"{s['ratio']:.2f}",
+                f"{s['ratio_low']:.2f}-{s['ratio_high']:.2f}",
+                f"{s['peak_mb']:,.0f}",
+                f"{s['gflops']:.0f}",
+                f"{s['share']:.0%}",
+                "" if loss is None else f"{loss:.3f}",
+            ]
+        )
+    rates = "; ".join(f"{name} {rate:.0f}" for name, rate in limits["all"].items())
+    options = f"--work={job['work']} --upsampling={job['upsampling']}"
+    options += f" --batch-size={job['batch_size']} --variant={job['variant']}"
+    return "\n".join(
+        [
+            f"# {TITLES[job['work']]}: {job['size']} px, batch {job['batch_size']}",
+            "",
+            f"Written by `python -m experiments.benchmarks.resnet {options}`; "
+            f"{len(reports['ours'])} rounds of {job['images_a_turn']} images.",
+            "",
+            interleaved.markdown_table(header, rows),
+            "",
+            f"By formula {results['gflop_per_image']:.2f} GFLOP an image, the stem counted as the "
+            "plain convolution that ours folds. The machine's rate is that of the fastest of "
+            f"these, in GFLOP/s, measured every round: {rates}.",
+            "",
+            *(f"- {name}: {taken[-1]['settings']}" for name, taken in reports.items()),
+            "",
+            interleaved.format_machine(results["machine"]),
+        ]
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", choices=WORKS, default="train", help="(default: %(default)s)")
+    parser.add_argument("--upsampling", type=int, default=8, help="of 32 px (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument(
+        "--variant",
+        choices=("keras", "torchvision"),
+        default="keras",
+        help="of the network; Keras has its own only (default: %(default)s)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    parser.add_argument(
+        "--contenders", nargs="+", metavar="NAME", help=f"of {', '.join(CONTENDERS)}; default: all"
+    )
+    parser.add_argument("--results", type=Path, help="path without suffix")
+    options = parser.parse_args()
+    job = Job(options.work, options.upsampling, options.batch_size, options.variant)
+    unknown = set(options.contenders or ()) - set(offered(job))
+    if unknown:
+        parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(offered(job))}")
+    return options
+
+
+def main() -> None:
+    """Runs the benchmark and writes its results."""
+    options = parse_options()
+    # Everybody computes on the processor, and nobody logs.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    job = Job(options.work, options.upsampling, options.batch_size, options.variant)
+    names = [name for name in options.contenders or offered(job) if name != "ours"]
+    results = run(job, names, rounds=options.rounds)
+    name = f"resnet_{job.work}_{job.size}px_batch{job.batch_size}"
+    name += "_v1.5" if job.variant == "torchvision" else ""
+    path = options.results or RESULTS / name
+    interleaved.write_results(path, results, text=format_results(results))
+
+
+if __name__ == "__main__":
+    main()

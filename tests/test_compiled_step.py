@@ -1,0 +1,150 @@
+"""Counts over the compiled training step: what a change must not make worse without notice.
+
+Nothing is timed. Counts belong to XLA's CPU backend of the pinned version, on one device: where
+one improves, or a new version moves it, put the new number into `BOUNDS`.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from cifar_jax import config as configuration
+from cifar_jax.loop import Loop
+from cifar_jax.models import resnet50 as network
+from cifar_jax.models.registry import create_model
+from cifar_jax.optim import OptimizerConfig, make_optimizer
+from cifar_jax.parallel import JitExecution
+from cifar_jax.state import create_state
+from cifar_jax.train import train_and_evaluate
+from configs import resnet50
+from experiments.benchmarks.hlo import Program
+
+BATCH, UPSAMPLING = 2, 2
+LARGE = 2**16  # elements: the larger kernels, and maps of both images
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """At most so many of each in the optimised program."""
+
+    convolutions: int  # forward, both gradients
+    dots: int
+    large_copies: int
+    large_transposes: int
+    gflop: float
+    gigabytes: float
+
+
+# By the blocks of the stages; the default suite compiles one block of each kind.
+SHALLOW, WHOLE = (2, 1, 1, 1), (3, 4, 6, 3)
+BOUNDS = {
+    SHALLOW: Bounds(17, 55, large_copies=27, large_transposes=15, gflop=1.36, gigabytes=0.62),
+    WHOLE: Bounds(50, 121, large_copies=91, large_transposes=49, gflop=3.57, gigabytes=1.61),
+}
+
+
+@pytest.fixture(
+    scope="module", params=[SHALLOW, pytest.param(WHOLE, marks=pytest.mark.slow)], ids=str
+)
+def compiled(request):
+    """The notebook's step as a user's run compiles it on one device, and its bounds."""
+    config = resnet50.get_config()
+    config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
+    config = configuration.to_dict(config)
+    optimizer = make_optimizer(
+        OptimizerConfig(**config["optimizer"]), optax.constant_schedule(2e-5)
+    )
+    one = jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "STAGE_BLOCKS", request.param)
+        patch.setattr(jax, "devices", lambda: one)
+        state = jax.eval_shape(
+            lambda: create_state(create_model(config["model"], seed=0), optimizer, seed=0)
+        )
+        batches = {
+            "image": jax.ShapeDtypeStruct((1, BATCH, 32, 32, 3), np.uint8),
+            "label": jax.ShapeDtypeStruct((1, BATCH), np.int32),
+        }
+        program = JitExecution().compiled_train.lower(state, batches).compile()
+    return program, state, BOUNDS[request.param]
+
+
+def test_the_step_is_no_more_work_than_it_was(compiled):
+    program, _, bounds = compiled
+    text = Program.parse(program.as_text())
+    counts, large, costs = text.counts(), text.counts(at_least=LARGE), program.cost_analysis()
+    found = Bounds(
+        convolutions=counts["convolution"],
+        dots=counts["dot"],
+        large_copies=large["copy"],
+        large_transposes=large["transpose"],
+        gflop=costs["flops"] / 1e9,
+        gigabytes=costs["bytes accessed"] / 1e9,
+    )
+    worse = {
+        name: (number, getattr(bounds, name))
+        for name, number in vars(found).items()
+        if number > getattr(bounds, name)
+    }
+    assert not worse, f"found, at most: {worse}; all: {found}"
+
+
+def test_the_state_is_updated_in_place(compiled):
+    program, state, _ = compiled
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    assert program.memory_analysis().alias_size_in_bytes >= 0.99 * size
+
+
+@pytest.fixture
+def compiled_names():
+    """Grows by the name of every function that XLA compiles."""
+    names = []
+
+    def listen(event: str, duration: float, **facts: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_a_run_compiles_once_for_each_length_of_a_call(small_config, tmp_path, compiled_names):
+    small_config.steps_per_call, small_config.log_every = 20, "1 epoch"  # 20, 20, 5, twice
+    train_and_evaluate(small_config, tmp_path)
+    assert compiled_names.count("jit(scan_train_steps)") == 2
+    assert compiled_names.count("jit(eval_step)") == 1  # validation and test alike
+
+
+@pytest.fixture
+def guarded_run(small_config, tmp_path, monkeypatch):
+    """A short run whose calls may send nothing to the device unless they say so.
+
+    The learning rates of the log are computed on it, thousands at once, from Python numbers.
+    """
+    train, learning_rate = Loop.train, Loop.learning_rate
+
+    def guarded(loop, *options):
+        with jax.transfer_guard_host_to_device("disallow"):
+            train(loop, *options)
+
+    def unguarded(loop, step):
+        with jax.transfer_guard_host_to_device("allow"):
+            return learning_rate(loop, step)
+
+    monkeypatch.setattr(Loop, "train", guarded)
+    monkeypatch.setattr(Loop, "learning_rate", unguarded)
+    return lambda: train_and_evaluate(small_config, tmp_path)
+
+
+def test_nothing_goes_to_the_device_unasked(guarded_run):
+    assert guarded_run().step == 90
+
+
+def test_the_guard_sees_a_batch_that_was_not_put(guarded_run, monkeypatch):
+    monkeypatch.setattr(JitExecution, "_put", lambda self, batch, sharding: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        guarded_run()
