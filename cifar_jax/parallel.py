@@ -37,10 +37,10 @@ def scan_train_steps(
 
 
 class JitExecution:
-    """Global arrays under `jax.jit` with `NamedSharding`."""
+    """Global arrays under `jax.jit` with `NamedSharding`, over all devices or the given ones."""
 
-    def __init__(self):
-        mesh = _one_axis_mesh(jax.devices())
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        mesh = _one_axis_mesh(devices or jax.devices())
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self.stack_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
@@ -75,13 +75,13 @@ class JitExecution:
 
 
 class PmapExecution:
-    """One replica a device under `jax.pmap`; the state has a leading device axis."""
+    """One replica a device, by default all, under `jax.pmap`; the state has a leading device axis."""
 
-    def __init__(self):
-        self.devices = jax.local_devices()
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        self.devices = devices or jax.local_devices()
         mesh = _one_axis_mesh(self.devices)
         self.replica_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        mapped = functools.partial(jax.pmap, axis_name=AXIS)
+        mapped = functools.partial(jax.pmap, axis_name=AXIS, devices=devices)
         self.compiled_train = mapped(
             functools.partial(scan_train_steps, axis_name=AXIS), donate_argnums=0
         )
@@ -129,9 +129,11 @@ def _one_axis_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=auto, devices=devices)
 
 
-def create_execution(name: str) -> JitExecution | PmapExecution:
-    """Returns the execution that `config.execution` names."""
-    return {"jit": JitExecution, "pmap": PmapExecution}[name]()
+def create_execution(
+    name: str, devices: Sequence[jax.Device] | None = None
+) -> JitExecution | PmapExecution:
+    """Returns the execution that `config.execution` names, on all devices or the given ones."""
+    return {"jit": JitExecution, "pmap": PmapExecution}[name](devices)
 
 
 def check_devices() -> None:
