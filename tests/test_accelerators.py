@@ -56,10 +56,10 @@ def test_the_step_is_exported_for_tpu_and_cuda(case, monkeypatch):
 @pytest.mark.parametrize(
     ("case", "reduced"),
     [
-        # Each all-reduce of the program, in order of size: the gradients together, and metrics.
+        # All kernels' gradients together, and metrics.
         (Case("mlp", "jit", "v5e:2x4", 32), 3),
         (Case("mlp", "pmap", "v5e:2x4", 32), 4),
-        # 56 batch norms forwards, 48 backwards on their own, one for their scales and biases.
+        # Those, and sums of the batch norms: 103 in the middle of the step, the rest together.
         (Case("resnet50", "jit", "v5e:2x4", 32, upsampling=2), 106),
     ],
     ids=lambda case: f"{case.model}-{case.execution}" if isinstance(case, Case) else "",
@@ -75,7 +75,7 @@ def test_the_compiler_of_tpus_takes_the_step(case, reduced):
     reduces = program["collectives"]
     assert {each["name"] for each in reduces} == {"all-reduce"}
     assert len(reduces) == reduced
-    # One of them carries the gradients of all kernels, and nearly all of the bytes.
+    # One of them carries nearly all of the bytes: float32 under pmap, bfloat16 under jit.
     largest = max(each["bytes"] for each in reduces)
     assert largest > 0.98 * sum(each["bytes"] for each in reduces)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -143,7 +143,7 @@ def test_bfloat16_trains_like_float32(monkeypatch):
     assert max(weights.error(narrow[n], wide[n]) for n in statistics) < 0.005
 
     def logits(state):
-        return nnx.merge(state.graphdef, state.params, state.batch_stats)(images, train=True)
+        return nnx.merge(state.graphdef, state.params, state.batch_stats)(images, train=False)
 
     ours, reference = (jax.jit(logits)(create(dtype)) for dtype in (jnp.bfloat16, jnp.float32))
     assert ours.dtype == np.float32

@@ -116,7 +116,7 @@ def lower(case: Case) -> jax.stages.Lowered:
         batches = abstract_batches(steps, case.batch)
         batches = with_sharding(batches, execution.replica_sharding, len(devices))
     with jax.default_matmul_precision(config["matmul_precision"]):
-        return execution.compiled_train.lower(state, batches)
+        return execution.compiled_train.lower(state, batches, None)
 
 
 def with_sharding(tree: Any, sharding: jax.sharding.Sharding, *leading: int) -> Any:

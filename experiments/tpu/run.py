@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.interleaved import markdown_table, write_results
-from experiments.tpu.ahead import GIB, MEMORY, Case, lower, measure, total_memory
+from experiments.tpu.ahead import MEMORY, Case, lower, measure, total_memory
 
 RESULTS = Path(__file__).parent / "results" / "programs"
 TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v6e:4x4")
@@ -35,7 +35,16 @@ CASES = [
 ]
 PACKAGES = ("jax", "jaxlib", "libtpu")
 HEADER = (
-    *("model", "execution", "chips", "images a chip", "arguments", "padding", "outputs"),
+    *(
+        "model",
+        "execution",
+        "chips",
+        "images a chip",
+        "steps a call",
+        "arguments",
+        "padding",
+        "outputs",
+    ),
     *("aliased", "temporaries", "all", "of the chip's", "GFLOP", "GB accessed"),
     *("all-reduces", "MB", "largest"),
 )
@@ -52,14 +61,15 @@ def format_row(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
     case = Case(**case)
     first = [case.model, case.execution, case.topology, f"{case.batch:,}"]
     if "refused" in row:
-        return [*first, f"refused: {row['refused']}", *[""] * (len(HEADER) - 5)]
+        return [*first, f"refused: {row['refused']}", *[""] * (len(HEADER) - len(first) - 1)]
     sizes = [row[key] for key in ("arguments", "padding", "outputs", "aliased", "temporaries")]
     total, reduces = total_memory(row), row["collectives"]
     largest = max(reduces, key=lambda each: each["bytes"])
     return [
         *first,
-        *(f"{size / GIB:.3f}" for size in [*sizes, total]),
-        f"{total / MEMORY[case.chip]:.1%}",
+        f"{row['steps_per_call']}",
+        *(f"{size / 2**20:,.1f}" for size in [*sizes, total]),
+        f"{total / MEMORY[case.chip]:.2%}",
         f"{row['flop'] / 1e9:,.2f}",
         f"{row['bytes_accessed'] / 1e9:,.2f}",
         f"{len(reduces)}",
@@ -77,7 +87,7 @@ def format_results(results: dict[str, Any]) -> str:
             "# The training step, compiled for TPUs",
             "",
             f"Written by `python -m experiments.tpu.run`; {versions}. Compiled, never run.",
-            "Memory in GiB a chip.",
+            "Memory in MiB and work of one step, each on one chip; README.md explains the columns.",
             "",
             markdown_table(HEADER, rows),
         ]
