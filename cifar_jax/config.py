@@ -56,6 +56,7 @@ RULES: dict[str, Rule] = {
     "data.directory": TEXT,
     "data.protocol": _choice("notebook", "standard"),
     "data.split_seed": SEED,
+    "data.on_device": SWITCH,
     "model.name": _choice("mlp", "resnet50"),
     "model.compute_dtype": _choice("float32", "bfloat16"),
     "model.hidden_sizes": SIZES,
@@ -88,6 +89,7 @@ MAY_CHANGE = frozenset(
     (
         "data.source",
         "data.directory",
+        "data.on_device",  # the same batches
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",

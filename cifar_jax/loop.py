@@ -69,6 +69,7 @@ class Loop:
         schedule: optax.Schedule,
         splits: dict[str, Split],
         execution: JitExecution | PmapExecution,
+        on_device: bool,
         checkpointer: Checkpointer,
         checkpoint_extra: dict[str, Any],
         recorder: Recorder | SilentRecorder,
@@ -84,6 +85,11 @@ class Loop:
         )
         self.splits = splits
         self.execution = execution
+        self.feed = pipeline.train_batches
+        if on_device:
+            train = splits["train"]
+            execution.keep({"image": train.images, "label": train.labels})
+            self.feed = pipeline.train_rows
         self.checkpointer = checkpointer
         self.checkpoint_extra = checkpoint_extra
         self.recorder = recorder
@@ -117,7 +123,7 @@ class Loop:
     def train(self, profile_folder: pathlib.Path | None) -> None:
         """Makes the calls that are left, as far as no signal comes."""
         plan = self.plan
-        batches = pipeline.train_batches(
+        batches = self.feed(
             self.splits["train"],
             plan.calls(self.step),
             batch_size=plan.batch_size,

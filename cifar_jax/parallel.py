@@ -24,11 +24,23 @@ HostBatch = Mapping[str, np.ndarray]
 
 
 def scan_train_steps(
-    state: TrainState, batches: Mapping[str, jax.Array], *, axis_name: str | None = None
+    state: TrainState,
+    batches: Mapping[str, jax.Array],
+    dataset: Mapping[str, jax.Array] | None = None,
+    *,
+    axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """Runs `train_step` over a stack of batches [steps, B, ...]; metrics come back as [steps]."""
-    step = functools.partial(train_step, axis_name=axis_name)
-    if len(batches["label"]) > 1:
+    """Runs `train_step` over a stack of batches [steps, B, ...]; metrics come back as [steps].
+
+    With a `dataset` a batch is {"row": int32 [B]}, the rows of its "image" and "label".
+    """
+
+    def step(state, batch):
+        if dataset is not None:
+            batch = {name: array[batch["row"]] for name, array in dataset.items()}
+        return train_step(state, batch, axis_name=axis_name)
+
+    if len(jax.tree.leaves(batches)[0]) > 1:
         return jax.lax.scan(step, state, batches)
     # A loop of one is no loop: XLA compiles convolutions inside one for the CPU several times
     # slower than outside.
@@ -39,8 +51,8 @@ def scan_train_steps(
 class JitExecution:
     """Global arrays under `jax.jit` with `NamedSharding`."""
 
-    def __init__(self):
-        mesh = _one_axis_mesh(jax.devices())
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        mesh = _one_axis_mesh(devices or jax.devices())
         self.replicated = NamedSharding(mesh, PartitionSpec())
         self.batch_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
         self.stack_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
@@ -48,18 +60,25 @@ class JitExecution:
             scan_train_steps, donate_argnums=0, out_shardings=self.replicated
         )
         self.compiled_eval = jax.jit(eval_step, out_shardings=self.replicated)
+        self.dataset = None
 
     def place(self, state: TrainState) -> TrainState:
         """Puts a state of host arrays on every device."""
         return jax.device_put(state, self.replicated)
 
+    def keep(self, dataset: HostBatch) -> None:
+        """Puts a whole set on every device; the batches of `train` are then rows of it."""
+        self.dataset = jax.device_put(dict(dataset), self.replicated)
+
     def compile_train(self, state: TrainState, batches: HostBatch) -> None:
         """Compiles what `train` runs for these shapes; JAX keeps it for the calls."""
-        self.compiled_train.lower(state, self._put(batches, self.stack_sharding)).compile()
+        batches = self._put(batches, self.stack_sharding)
+        self.compiled_train.lower(state, batches, self.dataset).compile()
 
     def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
         """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
-        return self.compiled_train(state, self._put(batches, self.stack_sharding))
+        batches = self._put(batches, self.stack_sharding)
+        return self.compiled_train(state, batches, self.dataset)
 
     def evaluate(self, state: TrainState, batch: HostBatch) -> Metrics:
         """Returns the metrics of this host's share [B, ...] of one global batch."""
@@ -77,15 +96,19 @@ class JitExecution:
 class PmapExecution:
     """One replica a device under `jax.pmap`; the state has a leading device axis."""
 
-    def __init__(self):
-        self.devices = jax.local_devices()
+    def __init__(self, devices: Sequence[jax.Device] | None = None):
+        self.devices = devices or jax.local_devices()
         mesh = _one_axis_mesh(self.devices)
         self.replica_sharding = NamedSharding(mesh, PartitionSpec(AXIS))
-        mapped = functools.partial(jax.pmap, axis_name=AXIS)
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        mapped = functools.partial(jax.pmap, axis_name=AXIS, devices=devices)
         self.compiled_train = mapped(
-            functools.partial(scan_train_steps, axis_name=AXIS), donate_argnums=0
+            functools.partial(scan_train_steps, axis_name=AXIS),
+            in_axes=(0, 0, None),
+            donate_argnums=0,
         )
         self.compiled_eval = mapped(functools.partial(eval_step, axis_name=AXIS))
+        self.dataset = None
 
     def place(self, state: TrainState) -> TrainState:
         """Puts a state of host arrays on every device."""
@@ -94,13 +117,17 @@ class PmapExecution:
         )
         return jax.device_put(copies, self.replica_sharding)
 
+    def keep(self, dataset: HostBatch) -> None:
+        """Puts a whole set on every device; the batches of `train` are then rows of it."""
+        self.dataset = jax.device_put(dict(dataset), self.replicated)
+
     def compile_train(self, state: TrainState, batches: HostBatch) -> None:
         """Compiles what `train` runs for these shapes; JAX keeps it for the calls."""
-        self.compiled_train.lower(state, self._split_stack(batches)).compile()
+        self.compiled_train.lower(state, self._split_stack(batches), self.dataset).compile()
 
     def train(self, state: TrainState, batches: HostBatch) -> tuple[TrainState, Metrics]:
         """Runs the steps of one call; gives `state`'s buffers away. `batches`: [steps, B, ...]."""
-        state, metrics = self.compiled_train(state, self._split_stack(batches))
+        state, metrics = self.compiled_train(state, self._split_stack(batches), self.dataset)
         return state, self.to_host_tree(metrics)
 
     def evaluate(self, state: TrainState, batch: HostBatch) -> Metrics:
@@ -129,9 +156,11 @@ def _one_axis_mesh(devices: Sequence[jax.Device]) -> jax.sharding.Mesh:
     return jax.make_mesh((len(devices),), (AXIS,), axis_types=auto, devices=devices)
 
 
-def create_execution(name: str) -> JitExecution | PmapExecution:
-    """Returns the execution that `config.execution` names."""
-    return {"jit": JitExecution, "pmap": PmapExecution}[name]()
+def create_execution(
+    name: str, devices: Sequence[jax.Device] | None = None
+) -> JitExecution | PmapExecution:
+    """Returns the execution that `config.execution` names, on all devices or the given ones."""
+    return {"jit": JitExecution, "pmap": PmapExecution}[name](devices)
 
 
 def check_devices() -> None:

@@ -179,6 +179,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
             schedule=setup.schedule,
             splits=setup.inputs,
             execution=create_execution(setup.config["execution"]),
+            on_device=setup.config["data"]["on_device"],
             checkpointer=checkpointer,
             checkpoint_extra=setup.identity(),
             recorder=recorder,

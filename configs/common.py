@@ -32,6 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     data.protocol = "notebook"  # "notebook": 36,000/4,000/10,000 of the training images;
     #                             "standard": 45,000/5,000 and the official 10,000 for the test
     data.split_seed = 42
+    data.on_device = False  # the training set lies on every device (154 MB of images), and the
+    #                         host sends row numbers instead of images
 
     model = config.model = ml_collections.ConfigDict()
     model.name = "mlp"  # or "resnet50", with the fields below

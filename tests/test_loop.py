@@ -48,7 +48,8 @@ def make_loop(device, schedule, **options):
     state = type("State", (), {"step": 0})()
     return Loop(
         **{"state": state, "history": History(), "plan": Plan(**plan, checkpoint_every=10**6)},
-        **{"splits": {}, "execution": device, "checkpointer": None, "checkpoint_extra": {}},
+        **{"splits": {}, "execution": device, "on_device": False},
+        **{"checkpointer": None, "checkpoint_extra": {}},
         **{"recorder": SilentRecorder(), "stop": StopSignal(), "schedule": schedule, **options},
     )
 

@@ -60,8 +60,12 @@ def new_state(x64):
 
 
 @pytest.fixture
-def stack(sample):
-    rows = np.random.default_rng(0).integers(0, 2000, (STEPS, BATCH))
+def rows():
+    return np.random.default_rng(0).integers(0, 2000, (STEPS, BATCH), np.int32)
+
+
+@pytest.fixture
+def stack(sample, rows):
     return {"image": sample.train_images[rows], "label": sample.train_labels[rows]}
 
 
@@ -93,6 +97,23 @@ def test_training_equals_one_device(execution, new_state, stack, single):
     np.testing.assert_allclose(metrics.loss, single[1].loss, rtol=TOLERANCE)
     np.testing.assert_array_equal(metrics.correct, single[1].correct)
     np.testing.assert_array_equal(metrics.count, np.full(STEPS, BATCH))
+
+
+@pytest.mark.parametrize("execution", [JitExecution, PmapExecution])
+def test_a_set_on_the_devices_gives_the_same_batches(execution, new_state, sample, rows, single):
+    execution = execution()
+    execution.keep({"image": sample.train_images, "label": sample.train_labels})
+    for name, array in execution.dataset.items():
+        assert array.sharding.is_fully_replicated and len(array.sharding.device_set) == 8, name
+    state = execution.place(new_state())
+    execution.compile_train(state, {"row": rows})
+    state, metrics = execution.train(state, {"row": rows})
+    arrays = to_arrays(execution.to_host_tree(state))
+    assert largest_difference(arrays, single[0]) < TOLERANCE
+    np.testing.assert_array_equal(metrics.correct, single[1].correct)
+    state, _ = execution.train(execution.place(new_state()), {"row": rows[::-1]})
+    arrays = to_arrays(execution.to_host_tree(state))
+    assert largest_difference(arrays, single[0]) > 1e-4  # the control: another order
 
 
 @pytest.mark.parametrize("execution", [JitExecution, PmapExecution])

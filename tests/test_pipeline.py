@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from cifar_jax.data.pipeline import eval_batches, train_batches
+from cifar_jax.data.pipeline import eval_batches, train_batches, train_rows
 from cifar_jax.data.splits import Split
 
 
@@ -72,6 +72,17 @@ def test_hosts_share_the_global_batch(numbered, hosts):
     ]
     for k, batch in enumerate(whole):
         assert np.array_equal(batch, np.concatenate([share[k] for share in shares], axis=1))
+
+
+def test_rows_are_those_of_the_batches(numbered):
+    calls, options = [(0, 7), (7, 3), (10, 10)], dict(batch_size=10, seed=3)
+    options |= dict(process_index=1, process_count=2)
+    rows = [call["row"] for call in train_rows(numbered, calls, **options)]
+    assert {array.dtype for array in rows} == {np.dtype(np.int32)}
+    batches = list(train_batches(numbered, calls, **options))
+    for row, batch in zip(rows, batches, strict=True):
+        assert np.array_equal(numbered.images[row], batch["image"])
+        assert np.array_equal(numbered.labels[row], batch["label"])
 
 
 @pytest.mark.parametrize("batch_size", [1, 10, 103, 200])

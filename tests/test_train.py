@@ -361,6 +361,13 @@ def test_pmap_runs_the_same_recipe(module_config, reference, tmp_path):
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in theirs.items()}
 
 
+def test_a_training_set_on_the_device_changes_nothing(module_config, reference, tmp_path):
+    config = module_config.copy_and_resolve_references()
+    config.data.on_device = True
+    train_and_evaluate(config, tmp_path)
+    assert_same_run(tmp_path, reference)
+
+
 def test_profile_writes_a_trace(module_config, tmp_path):
     train_and_evaluate(module_config, tmp_path, profile=True)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

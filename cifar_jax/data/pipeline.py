@@ -41,6 +41,14 @@ def train_batches(
       "image" [steps, batch_size / hosts, ...], uint8 pixels or float32 features, and
       "label" int32 [steps, same].
     """
+    rows = train_rows(
+        split,
+        calls,
+        batch_size=batch_size,
+        seed=seed,
+        process_index=process_index,
+        process_count=process_count,
+    )
     # In a notebook nothing else has silenced its notes on CPU features.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # TensorFlow takes seconds to import, and nothing but training pays for it.
@@ -50,23 +58,38 @@ def train_batches(
     # Shared memory: `tf.constant` would copy 150 MB twice.
     images = tf.experimental.dlpack.from_dlpack(aligned(split.images).__dlpack__())
     labels = tf.constant(split.labels)
-    share = batch_size // process_count
-    columns = slice(process_index * share, (process_index + 1) * share)
 
-    def rows():
-        for step, steps in calls:
-            yield call_rows(split, step, steps, batch_size=batch_size, seed=seed)[:, columns]
-
-    def gather(rows):
-        return {"image": tf.gather(images, rows), "label": tf.gather(labels, rows)}
+    def gather(call):
+        return {"image": tf.gather(images, call["row"]), "label": tf.gather(labels, call["row"])}
 
     options = tf.data.Options()
     # Constant folding would copy the images into the graph.
     options.experimental_optimization.apply_default_optimizations = False
-    signature = tf.TensorSpec((None, share), tf.int64)
-    dataset = tf.data.Dataset.from_generator(rows, output_signature=signature).map(gather)
+    signature = {"row": tf.TensorSpec((None, batch_size // process_count), tf.int32)}
+    dataset = tf.data.Dataset.from_generator(lambda: rows, output_signature=signature).map(gather)
     # One: the loop itself is a call ahead of the device, and a call's images may be many.
     return dataset.with_options(options).prefetch(1).as_numpy_iterator()
+
+
+def train_rows(
+    split: Split,
+    calls: Iterable[tuple[int, int]],
+    *,
+    batch_size: int,
+    seed: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields where the images of `train_batches` lie; for the arguments see there.
+
+    Yields:
+      "row" int32 [steps, batch_size / hosts], of `split.images`.
+    """
+    share = batch_size // process_count
+    columns = slice(process_index * share, (process_index + 1) * share)
+    for step, steps in calls:
+        rows = call_rows(split, step, steps, batch_size=batch_size, seed=seed)
+        yield {"row": rows[:, columns].astype(np.int32)}
 
 
 def call_rows(split: Split, step: int, steps: int, *, batch_size: int, seed: int) -> np.ndarray:

@@ -1,0 +1,134 @@
+"""An estimate: how fast chips could train the ResNet-50 at most, and what they would eat.
+
+    python -m experiments.tpu.roofline
+
+Arithmetic on published peaks, formulas and the compiled programs of results/programs.json; nothing
+is run. Written to results/roofline.md and .json. README.md says how far it can be trusted.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from cifar_jax.state import named_leaves
+from experiments.benchmarks.interleaved import markdown_table, write_results
+from experiments.tpu.ahead import Case, abstract_state, run_config
+
+FOLDER = Path(__file__).parent / "results"
+EPOCH = 36_000  # images
+IMAGE_BYTES = 32 * 32 * 3 + 4  # with its label
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Published peaks of one chip."""
+
+    name: str
+    flops: float  # dense bfloat16 FLOP/s
+    bandwidth: float  # of its memory, bytes/s
+    source: str
+
+
+# Compiled for v5e; its traffic stands for what the others' programs would move.
+PROGRAM = Case("resnet50", "jit", "v5e:2x4", 128)
+CHIPS = (
+    Chip("TPU v5e", 197e12, 819e9, "cloud.google.com/tpu/docs/v5e"),
+    Chip("TPU v6e", 918e12, 1640e9, "cloud.google.com/tpu/docs/v6e"),
+    Chip("H100 SXM", 989e12, 3.35e12, "NVIDIA's H100 data sheet, without sparsity"),
+    Chip("H200 SXM", 989e12, 4.8e12, "NVIDIA's H200 data sheet, without sparsity"),
+)
+
+
+def train_flop(case: Case) -> float:
+    """Returns the FLOP that training takes for an image, by formula.
+
+    A kernel of n numbers applied at p places takes 2 n p forwards, as much again for its own
+    gradient and as much for its input's, which the first layer does not need. In this variant a
+    block strides first, so that all of a stage works at its resolution. Norms, activations and
+    the optimizer are left out.
+    """
+    side = 32 * case.upsampling
+    total = 0.0
+    for name, leaf in named_leaves(abstract_state(run_config(case)).params).items():
+        if name.endswith("kernel"):
+            first = "stem_conv" in name
+            places = 1
+            if "stage" in name:
+                stage = int(name[name.index("stage") + len("stage")])
+                places = (side // 2 ** (stage + 1)) ** 2
+            elif first:
+                places = (side // 2) ** 2
+            total += (2 if first else 3) * 2 * math.prod(leaf.shape) * places
+    return total
+
+
+def estimate(chip: Chip, *, flop: float, moved: float) -> dict[str, Any]:
+    """Returns what an image takes by computing and by moving, in seconds, and images/s."""
+    computing, moving = flop / chip.flops, moved / chip.bandwidth
+    return {
+        **dataclasses.asdict(chip),
+        "computing": computing,
+        "moving": moving,
+        "with_traffic": 1 / max(computing, moving),
+        "computing_only": 1 / computing,
+    }
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Returns the Markdown page."""
+    rows = [
+        [
+            each["name"],
+            f"{each['flops'] / 1e12:,.0f}",
+            f"{each['bandwidth'] / 1e9:,.0f}",
+            f"{1e6 * each['computing']:,.0f}",
+            f"{1e6 * each['moving']:,.0f}",
+            f"{each['computing_only']:,.0f}",
+            f"{each['with_traffic']:,.0f}",
+            f"{EPOCH / each['with_traffic']:,.1f}",
+            f"{each['computing_only'] * IMAGE_BYTES / 1e6:,.0f}",
+            f"{each['computing_only'] / results['fed']:.1%}",
+        ]
+        for each in results["estimates"]
+    ]
+    header = [
+        *("chip", "TFLOP/s", "GB/s", "computing, us an image", "moving, us an image"),
+        *("images/s, computing only", "with that traffic", "seconds an epoch"),
+        *("eats, MB/s, computing only", "of a host core"),
+    ]
+    sources = "; ".join(f"{each['name']}: {each['source']}" for each in results["estimates"])
+    return "\n".join(
+        [
+            "# Roofline of the ResNet-50 at 256 px: an estimate, nothing was run",
+            "",
+            "Written by `python -m experiments.tpu.roofline`. bfloat16, one chip, the notebook's",
+            f"recipe. An image takes {results['flop'] / 1e9:.2f} GFLOP by formula, and moves",
+            f"{results['moved'] / 1e6:,.0f} MB as XLA counts it for {PROGRAM.topology} with "
+            f"{PROGRAM.batch} images a chip.",
+            "",
+            markdown_table(header, rows),
+            "",
+            f"A host core feeds {results['fed']:,.0f} images/s (feed.md). Peaks: {sources}.",
+        ]
+    )
+
+
+def main() -> None:
+    """Reads the compiled program and the measured feed, and writes the estimate."""
+    programs = json.loads((FOLDER / "programs.json").read_text())["programs"]
+    program = next(each["program"] for each in programs if Case(**each["case"]) == PROGRAM)
+    calls = json.loads((FOLDER / "feed.json").read_text())["calls"]
+    flop, moved = train_flop(PROGRAM), program["bytes_accessed"] / PROGRAM.batch
+    results = {
+        "flop": flop,
+        "moved": moved,
+        "fed": next(each["median"] for each in calls if each["batch_size"] == 256),
+        "estimates": [estimate(chip, flop=flop, moved=moved) for chip in CHIPS],
+    }
+    write_results(FOLDER / "roofline", results, text=format_results(results))
+
+
+if __name__ == "__main__":
+    main()

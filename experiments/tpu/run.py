@@ -1,0 +1,118 @@
+"""Compiles the whole training step for TPUs that are not there, and writes what it takes.
+
+    python -m experiments.tpu.run
+
+Needs requirements-tpu.txt. A ResNet-50 takes minutes; a stopped command goes on where it was, and
+a program that has changed since is compiled again. README.md says what the columns are.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.interleaved import markdown_table, write_results
+from experiments.tpu.ahead import MEMORY, Case, lower, measure, total_memory
+
+RESULTS = Path(__file__).parent / "results" / "programs"
+TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v6e:4x4")
+CASES = [
+    *(
+        Case("mlp", execution, topology, batch)
+        for topology in TOPOLOGIES
+        for execution in ("jit", "pmap")
+        for batch in (32, 128, 512, 1024)
+    ),
+    # Minutes each, so one of a kind.
+    Case("resnet50", "jit", "v5e:2x4", 32),
+    Case("resnet50", "jit", "v5e:2x4", 128),
+    Case("resnet50", "jit", "v6e:4x4", 128),
+    Case("resnet50", "pmap", "v5e:2x4", 32),
+    Case("resnet50", "jit", "v5e:16x16", 32),
+]
+PACKAGES = ("jax", "jaxlib", "libtpu")
+HEADER = (
+    *(
+        "model",
+        "execution",
+        "chips",
+        "images a chip",
+        "steps a call",
+        "arguments",
+        "padding",
+        "outputs",
+    ),
+    *("aliased", "temporaries", "all", "of the chip's", "GFLOP", "GB accessed"),
+    *("all-reduces", "MB", "largest"),
+)
+
+
+def program_hash(lowered: Any) -> str:
+    """Returns what a result depends on: the program and the compiler."""
+    versions = [importlib.metadata.version(package) for package in PACKAGES]
+    return hashlib.sha256("\n".join([*versions, lowered.as_text()]).encode()).hexdigest()
+
+
+def format_row(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
+    """Returns the cells of one case."""
+    case = Case(**case)
+    first = [case.model, case.execution, case.topology, f"{case.batch:,}"]
+    if "refused" in row:
+        return [*first, f"refused: {row['refused']}", *[""] * (len(HEADER) - len(first) - 1)]
+    sizes = [row[key] for key in ("arguments", "padding", "outputs", "aliased", "temporaries")]
+    total, reduces = total_memory(row), row["collectives"]
+    largest = max(reduces, key=lambda each: each["bytes"])
+    return [
+        *first,
+        f"{row['steps_per_call']}",
+        *(f"{size / 2**20:,.1f}" for size in [*sizes, total]),
+        f"{total / MEMORY[case.chip]:.2%}",
+        f"{row['flop'] / 1e9:,.2f}",
+        f"{row['bytes_accessed'] / 1e9:,.2f}",
+        f"{len(reduces)}",
+        f"{sum(each['bytes'] for each in reduces) / 1e6:,.2f}",
+        f"{largest['bytes'] / 1e6:,.2f} MB, {largest['arrays']} {'/'.join(largest['dtypes'])}",
+    ]
+
+
+def format_results(results: dict[str, Any]) -> str:
+    """Returns the Markdown page."""
+    rows = [format_row(each["case"], each["program"]) for each in results["programs"]]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    return "\n".join(
+        [
+            "# The training step, compiled for TPUs",
+            "",
+            f"Written by `python -m experiments.tpu.run`; {versions}. Compiled, never run.",
+            "Memory in MiB and work of one step, each on one chip; README.md explains the columns.",
+            "",
+            markdown_table(HEADER, rows),
+        ]
+    )
+
+
+def main() -> None:
+    """Compiles what has no result yet, and writes after each."""
+    os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are only named
+    path = RESULTS.with_suffix(".json")
+    programs = json.loads(path.read_text())["programs"] if path.exists() else []
+    by_case = {Case(**each["case"]): each for each in programs}
+    for case in CASES:
+        lowered = lower(case)
+        key = program_hash(lowered)
+        if case not in by_case or by_case[case]["hash"] != key:
+            print(f"compiling {case}", flush=True)
+            program = measure(case, lowered)
+            by_case[case] = {"case": dataclasses.asdict(case), "hash": key, "program": program}
+        results = {
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "programs": [by_case[each] for each in CASES if each in by_case],
+        }
+        write_results(RESULTS, results, text=format_results(results))
+
+
+if __name__ == "__main__":
+    main()
