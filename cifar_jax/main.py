@@ -9,6 +9,7 @@ unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
 
 from cifar_jax.command import end, parse_flags, set_up_logging
 from cifar_jax.errors import exit_on_user_error
+from cifar_jax.memory import keep_freed_memory
 
 EXAMPLES = {"config": "configs/mlp.py", "workdir": "runs/mlp"}
 
@@ -18,6 +19,7 @@ def main() -> None:
     with exit_on_user_error():
         values = parse_flags(__doc__, EXAMPLES)
         set_up_logging()
+        keep_freed_memory()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import train
 

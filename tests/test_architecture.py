@@ -21,7 +21,7 @@ LAYERS = [
     ["models"],
     ["optim", "losses", "metrics"],
     ["data"],
-    ["config", "picture", "labels", "download", "lock"],
+    ["config", "picture", "labels", "download", "lock", "memory"],
     ["errors"],
     ["__init__"],
 ]

@@ -1,0 +1,25 @@
+"""How the process treats memory that it has freed."""
+
+import ctypes
+import platform
+
+# malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+_NEVER, _PADDING = -1, 64 << 20
+
+
+def keep_freed_memory() -> None:
+    """Lets the process keep what it frees, to use it again; on Linux with glibc, else nothing.
+
+    XLA's CPU backend allocates the temporaries of every step anew, hundreds of megabytes. glibc
+    maps such blocks from the system and gives them back, so that each step of a ResNet-50 pays for
+    some 200,000 page faults (256 px, batch 8), about 8 % of its time. The process keeps the most
+    that it ever held.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_ARENA_MAX, 1)  # other arenas than the first hold no block of that size
+    mallopt(_MMAP_MAX, 0)
+    mallopt(_TRIM_THRESHOLD, _NEVER)
+    mallopt(_TOP_PAD, _PADDING)

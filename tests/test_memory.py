@@ -1,0 +1,41 @@
+"""Freed memory is kept: the same block again costs no page faults."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import resource
+import numpy as np
+from cifar_jax.memory import keep_freed_memory
+
+if {keep}:
+    keep_freed_memory()
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def fill():
+    block = np.empty(64 << 20, np.uint8)
+    block[:] = 1
+    return faults()
+
+fill()
+before = faults()
+for _ in range(4):
+    fill()
+print(faults() - before)
+"""
+
+
+def page_faults(keep: bool) -> int:
+    command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_freed_memory_is_kept():
+    pages = 4 * (64 << 20) // 4096  # huge pages make them fewer, not none
+    assert page_faults(keep=True) < 100
+    assert page_faults(keep=False) > 0.001 * pages
