@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.memory import keep_freed_memory
 from experiments.benchmarks import limit
 from experiments.benchmarks.interleaved import Turns
 
@@ -61,7 +62,11 @@ def make_stacks(job: Job) -> list[dict[str, np.ndarray]]:
 
 
 def take_turns(turns: Turns, work: Callable[[], Any], settings: str) -> None:
-    """Does `work` once to compile what must be compiled, then once a turn; it returns the loss."""
+    """Does `work` once to compile what must be compiled, then once a turn; it returns the loss.
+
+    Everybody's process keeps the memory that it frees, as our commands do.
+    """
+    keep_freed_memory()
     work()
     for report in turns:
         report |= {"loss": work(), "settings": settings}
