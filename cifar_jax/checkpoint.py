@@ -210,7 +210,7 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
     if not ranks:
         raise UserError(
             f"{folder} holds no {which} checkpoint; train until one has been saved, "
-            "or name another --workdir"
+            "or name the folder of another run"
         )
     return max(ranks, key=ranks.get)
 

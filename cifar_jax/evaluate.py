@@ -4,7 +4,8 @@
     python -m cifar_jax.evaluate --weights=mine.safetensors --split=test
 
 Choose on validation: every reading of the test split is noted in the run's run.json. A file does
-not say which images trained it, so it is evaluated on the official test images alone.
+not say which images trained it, so it is evaluated on the official test images alone, which are
+those of the default directory, ~/.cache/cifar_jax.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The state that a new run starts from: pretrained weights, and else what the model draws."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ def load_initial_weights(
     Args:
       expected: {name: anything with shape and dtype} of the model's parameters and statistics.
       config: `config.model`.
-      tell: is told what was loaded, and of a preprocessing that is not the weights' own.
+      tell: is told what was loaded, and of settings that are not the weights' own.
 
     Returns:
       What the file gives; None for "none".
@@ -53,18 +53,30 @@ def load_initial_weights(
     if path is None:
         return None
     loaded = load_pretrained(expected, path, variant=config["variant"])
-    header = loaded.header
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""
     unused = f"; not used: {', '.join(loaded.unused)}" if loaded.unused else ""
     tell(f"{len(loaded.values)} pretrained tensors from {path}{fresh}{unused}")
+    for note in _notes(loaded, config, path):
+        tell(f"note: {note}")
+    return loaded
+
+
+def _notes(loaded: Loaded, config: Mapping[str, Any], path: Path) -> Iterator[str]:
+    """Yields what the weights were trained with, where `config.model` says otherwise."""
+    header = loaded.header
     if header.preprocessing == "unknown":
-        tell(f"note: {path} does not say which preprocessing it was trained with")
+        yield f"{path} does not say which preprocessing it was trained with"
     elif config["preprocessing"] != header.preprocessing:
-        tell(
-            f'note: config.model.preprocessing is "{config["preprocessing"]}"; these weights were '
+        yield (
+            f'config.model.preprocessing is "{config["preprocessing"]}"; these weights were '
             f'trained with "{header.preprocessing}"'
         )
-    return loaded
+    if "head.logits.kernel" in loaded.values:
+        known = {"upsampling": header.upsampling, "interpolation": header.interpolation}
+        others = [name for name, value in known.items() if value not in (None, config[name])]
+        if others:
+            asked, own = (", ".join(f"{key} {of[key]}" for key in others) for of in (config, known))
+            yield f"config.model has {asked}; the head of these weights was trained with {own}"
 
 
 def start_state(

@@ -37,12 +37,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parse(arguments)
     stated = {name: vars(flags)[name] for name in STATED if vars(flags)[name] is not None}
     with exit_on_user_error():
+        _check_request(flags, stated)
         folder = Path(flags.source).expanduser()
         is_run = flags.source not in fetch.NAMES and folder.is_dir()
         source = folder if is_run else fetch.resolve(flags.source)
         _refuse_overwriting(source, flags.dest, flags.certificate)
         weights = _complete(_read(source, flags.variant, flags.checkpoint), stated)
-        _write(weights, flags.dest, flags.to, stated=stated)
+        _write(weights, flags.dest, flags.to, is_completed=bool(stated))
         certified = certificate.certify(weights, flags.dest)
         print(certificate.as_text(certified))
         if flags.certificate:
@@ -106,22 +107,32 @@ def _complete(weights: port.Weights, stated: dict[str, Any]) -> port.Weights:
     return dataclasses.replace(weights, header=dataclasses.replace(header, **stated))
 
 
-def _write(weights: port.Weights, dest: Path, to: str | None, *, stated: dict[str, Any]) -> None:
-    variant = weights.header.variant
-    if to is None:
-        if weights.ported and not stated:
-            raise UserError(f"the source is ported already; to write it back, add --to {variant}")
-        if dest.suffix != ".safetensors":
-            raise UserError(f"{dest}: expected a name that ends in .safetensors")
-        ours.write(dest, weights.values, weights.header)
-    elif to != variant:
+def _check_request(flags: argparse.Namespace, stated: dict[str, Any]) -> None:
+    """Refuses what no source could make right."""
+    port.check_ending(flags.dest, flags.to)
+    if flags.to and stated:
+        raise UserError(f"--{next(iter(stated))}: a file made with --to has no place for it")
+    for variant in (flags.variant, flags.source):
+        if flags.to and variant in VARIANTS:
+            _check_variant(flags.to, variant)
+
+
+def _check_variant(to: str, variant: str) -> None:
+    if to != variant:
         raise UserError(
             f"--to {to}: these weights are of variant {variant}, whose network is another one "
             f"(strides, biases); only --to {variant} is possible"
         )
-    elif stated:
-        raise UserError(f"--{next(iter(stated))}: a file made with --to has no place for it")
+
+
+def _write(weights: port.Weights, dest: Path, to: str | None, *, is_completed: bool) -> None:
+    variant = weights.header.variant
+    if to is None:
+        if weights.ported and not is_completed:
+            raise UserError(f"the source is ported already; to write it back, add --to {variant}")
+        ours.write(dest, weights.values, weights.header)
     else:
+        _check_variant(to, variant)
         port.write_published(weights, dest)
 
 

@@ -41,7 +41,7 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
         naming="a run of cifar_jax",
         variant=model["variant"],
         preprocessing=model["preprocessing"],
-        license=initial.get("license", "unknown"),
+        license=printable(initial.get("license", "unknown")),
         head=model["head"],
         upsampling=model["upsampling"],
         interpolation=model["interpolation"],

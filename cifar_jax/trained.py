@@ -15,6 +15,7 @@ from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import port
+from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
 from cifar_jax.state import MODEL_PARTS, from_arrays, model_leaves, split_model
 
@@ -83,6 +84,8 @@ def _load_run(workdir: str | os.PathLike, checkpoint: str) -> Trained:
 
 
 def _load_file(path: pathlib.Path) -> Trained:
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; name that of a run with --workdir, or {PORT_A_RUN}")
     weights = port.read(path)
     _check_runnable(weights, path)
     header = weights.header

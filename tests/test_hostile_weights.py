@@ -12,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import h5py
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import port
+from cifar_jax.pretrained.ours import Header
 
 _MEMORY = 1 << 30  # bytes
 # Reads every file that it is given with at most 1 GiB of address space, and says what happened.
@@ -442,6 +444,14 @@ def _safetensors_with_header(change: Callable[[bytes], bytes]) -> bytes:
     return _safetensors(change(content[8:end]), content[end:])
 
 
+def _ours(header: bytes) -> bytes:
+    return _safetensors({"__metadata__": {"cifar_jax": header.decode("latin-1")}})
+
+
+_OUR_HEADER = Header("a", "0", "1", "b", "keras", "unit", "c", "flatten", 2, "nearest", {"d": 1})
+_OURS = json.dumps({"header": asdict(_OUR_HEADER), "content": "0"}).encode()
+
+
 def _pickle_of(content: bytes) -> bytes:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         return archive.read("archive/data.pkl")
@@ -458,6 +468,7 @@ _FUZZED = {
         _mutations(_pickle_of(_saved())).map(lambda change: _with_pickle(lambda _: change)),
     ),
     "keras": _mutations(_keras_config()).map(_keras_with),
+    "ours": _mutations(_OURS).map(_ours),
     "safetensors": st.one_of(
         _mutations(_small_safetensors()),
         _mutations(_small_safetensors()[8:]).map(

@@ -59,7 +59,8 @@ def _flatten_head(dropout: float | None = 0.5):
 
 def _sequential(*before_and_backbone, head=None):
     head = _flatten_head() if head is None else head
-    return keras.Sequential([layers.Input((32, 32, 3)), *before_and_backbone, *head])
+    pictures = layers.Input((32, 32, 3), name="pictures")
+    return keras.Sequential([pictures, *before_and_backbone, *head])
 
 
 def _functional(backbone, preprocess, **call):
@@ -149,6 +150,13 @@ _SAME = {  # a model that is ours, its structure, and what it says of the settin
         _FLATTEN,
         {"dropout": 0.5},
     ),
+    "any size": (
+        lambda small, large: keras.Sequential(
+            [layers.Input((None, None, 3)), _UP(2), _resnet50(None), *_pooled_head()]
+        ),
+        _POOLED,
+        _NEAREST | {"dropout": 0.2},
+    ),
     "pooled": (
         lambda small, large: _sequential(_UP(2), small, head=_pooled_head()),
         _POOLED,
@@ -176,6 +184,8 @@ def _as_keras_2(value):
     if value.get("inbound_nodes"):
         history = re.findall(r'"keras_history": (\[[^]]*\])', json.dumps(value["inbound_nodes"]))
         changed["inbound_nodes"] = [[[*json.loads(item), {}] for item in history]]
+    if "batch_shape" in value:
+        changed["batch_input_shape"] = changed.pop("batch_shape")
     if isinstance(value.get("axis"), int):
         changed["axis"] = [abs(value["axis"])]
     return changed
@@ -375,6 +385,15 @@ _CHANGES = {
     "rescaling": (_set("rescale", scale=1 / 127.5), "preprocessing: none of keras, torchvision"),
     "offset": (_set("rescale", offset=-1.0), "preprocessing: none of keras, torchvision, unit"),
     "a layer in front": (_insert(1, "Lambda"), "new (Lambda) stands in front of ResNet50"),
+    "other pictures": (
+        _set("pictures", batch_shape=[None, 64, 64, 3]),
+        "input [None, 64, 64, 3], expected [None, 32, 32, 3]",
+    ),
+    "grey pictures": (
+        _set("pictures", batch_shape=[None, 32, 32, 1]),
+        "expected [None, 32, 32, 3]",
+    ),
+    "no pictures": (_set("pictures", batch_shape="\n"), r"input '\n', expected [None, 32, 32, 3]"),
 }
 
 
@@ -391,6 +410,44 @@ def test_every_changed_fact_is_told(saved, name):
     change(model)
     (line,) = compare(json.dumps(model), _FLATTEN).differences
     assert message in line
+
+
+def test_a_model_that_is_not_made_for_its_pictures_is_told(small):
+    """The same layers at 64 pixels are another function, whose maps are averaged as well."""
+    pooled = keras.Sequential([layers.Input((64, 64, 3)), _UP(2), _resnet50(128), *_pooled_head()])
+    (line,) = compare(pooled.to_json(), _POOLED).differences
+    assert line == "input [None, 64, 64, 3], expected [None, 32, 32, 3]"
+    # A backbone at 50 pixels gives maps of 2 x 2, as it does at 64.
+    grown = _flattened(_resnet50(50)).to_json()
+    for text in (grown, json.dumps(_as_keras_2(json.loads(grown)))):
+        (line,) = compare(text, _FLATTEN).differences
+        assert line == "input [None, 50, 50, 3], expected [None, 64, 64, 3]"
+
+
+@pytest.mark.parametrize("output", ["norm2", "conv5_block3_out", "pictures"])
+def test_a_model_that_gives_another_layers_output_is_told(small, output):
+    model = json.loads(_flattened(small).to_json())
+    model["config"]["output_layers"] = [output.replace("pictures", small.layers[0].name), 0, 0]
+    (line,) = compare(json.dumps(model), _FLATTEN).differences
+    output = output.replace("pictures", "the input")
+    assert line == f"output of {output}, expected of logits"
+
+
+_IN_TRAINING = (True, 1, "no", [], {"class_name": "__tensor__"})
+
+
+@pytest.mark.parametrize("name", ["conv1_bn", "dropout1", "resnet50"])
+def test_a_call_in_training_mode_is_told(small, name):
+    model = json.loads(_functional(small, lambda x: x / 255).to_json())
+    (call,) = _layer(model, name)["inbound_nodes"]
+    arguments, keywords = call["args"], call["kwargs"]
+    for value in (None, False, 0, *_IN_TRAINING):
+        by_name = {"args": arguments, "kwargs": keywords | {"training": value}}
+        by_place = {"args": [*arguments, value], "kwargs": keywords}
+        told = [f"{name} is called with training={value}"] if value in _IN_TRAINING else []
+        for said in (by_name, by_place):
+            call.update(said)
+            assert compare(json.dumps(model), _FLATTEN).differences == told
 
 
 _DEEP = "[" * 900 + "]" * 900

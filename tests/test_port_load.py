@@ -1,5 +1,6 @@
 """Our file into models, the names against the models' own, the command, and the caches."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -13,7 +14,7 @@ from flax import nnx
 
 from cifar_jax import port_weights
 from cifar_jax.errors import UserError
-from cifar_jax.initial import load_initial_weights
+from cifar_jax.initial import find_weights, load_initial_weights
 from cifar_jax.models.resnet50 import ResNet50
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import fetch, load, names, ours, port, torch
@@ -123,6 +124,7 @@ def test_a_fine_tuned_top_is_a_pooled_head_or_said_to_be_left_out(head, is_taken
     path = tmp_path / "tuned.safetensors"
     ours.write(path, values, _HEADER)
     config = {"name": "resnet50", "variant": "torchvision", "preprocessing": "torchvision"}
+    config |= {"upsampling": 2, "interpolation": "nearest"}
     told = []
     loaded = load_initial_weights(
         _transfer(head=head), config | {"pretrained": str(path)}, tell=told.append
@@ -132,6 +134,35 @@ def test_a_fine_tuned_top_is_a_pooled_head_or_said_to_be_left_out(head, is_taken
     if is_taken:
         np.testing.assert_array_equal(loaded.values["head.logits.kernel"], values["top.kernel"])
         np.testing.assert_array_equal(loaded.values["head.logits.bias"], values["top.bias"])
+
+
+_TUNED = dataclasses.replace(_HEADER, upsampling=4, interpolation="bilinear")
+
+
+@pytest.mark.parametrize(
+    ("header", "settings", "note"),
+    [
+        (_TUNED, (4, "bilinear"), None),
+        (_TUNED, (8, "bilinear"), "upsampling 8; the head of these weights was trained with "),
+        (_TUNED, (4, "nearest"), "interpolation nearest; the head of "),
+        (_TUNED, (8, "nearest"), "upsampling 8, interpolation nearest; the head of these weights "),
+        (_HEADER, (8, "nearest"), None),  # which does not say
+    ],
+)
+def test_settings_that_a_tuned_head_was_not_trained_with_are_noted(
+    header, settings, note, tmp_path
+):
+    path = tmp_path / "tuned.safetensors"
+    ours.write(path, _random(Structure("torchvision", classes=10)), header)
+    config = {"name": "resnet50", "variant": "torchvision", "preprocessing": "torchvision"}
+    config |= dict(zip(("upsampling", "interpolation"), settings, strict=True))
+    for head in ("pooled", "flatten"):  # which starts anew
+        told = []
+        expected = _transfer(head=head)
+        load_initial_weights(expected, config | {"pretrained": str(path)}, tell=told.append)
+        notes = told[1:]
+        assert len(notes) == (note is not None and head == "pooled")
+        assert all(line.startswith(f"note: config.model has {note}") for line in notes)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +274,34 @@ def test_command_refuses_in_one_line(
     error = capsys.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
     assert {path.name for path in tmp_path.iterdir()} == {"source.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("a.npz",), "a.npz: expected a name that ends in .safetensors"),
+        (("a.safetensors", "--to", "keras"), "expected a name that ends in .weights.h5"),
+        (("a.safetensors", "--to", "torchvision"), "only --to keras is possible"),
+        (("a.weights.h5", "--to", "keras", "--upsampling", "2"), "--to has no place for it"),
+    ],
+)
+def test_command_refuses_what_no_source_makes_right_before_it_is_fetched(
+    monkeypatch, capsys, arguments, message
+):
+    monkeypatch.setattr(fetch, "resolve", lambda _: pytest.fail("fetched"))
+    with pytest.raises(SystemExit):
+        _run("keras", *arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_of_weights_is_told_to_be_ported_first(tmp_path):
+    config = {"name": "resnet50", "pretrained": str(tmp_path)}
+    with pytest.raises(UserError) as caught:
+        find_weights(config)
+    assert str(caught.value) == (
+        f"config.model.pretrained: {tmp_path}: is a folder; port a run first: "
+        "python -m cifar_jax.port_weights RUN NEW.safetensors"
+    )
 
 
 _NOTOP = "resnet50_weights_tf_dim_ordering_tf_kernels_notop.h5"

@@ -157,6 +157,23 @@ def test_every_difference_is_listed_at_once(state, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("rename", [lambda names: names, port_sources.hugging_face_names])
+def test_a_top_without_bias_lacks_its_bias(state, tmp_path, rename):
+    kept = {name: tensor for name, tensor in state.items() if name != "fc.bias"}
+    torch.save(rename(kept), tmp_path / "a.pth")
+    with pytest.raises(UserError) as caught:
+        port.read(tmp_path / "a.pth")
+    (line,) = str(caught.value).splitlines()[1:]
+    assert line in ("  fc.bias: missing", "  classifier.1.bias: missing")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_torchscript_is_told(tmp_path):
+    torch.jit.script(torch.nn.ReLU()).save(tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"TorchScript\? save model.state_dict\(\)"):
+        port.read(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize(
     ("save", "dtype", "name"),
     [

@@ -170,6 +170,10 @@ def test_without_a_record_the_licence_is_unknown(run, command, tmp_path):
     command(tmp_path / "bare", tmp_path / "a.safetensors")
     header = port.read(tmp_path / "a.safetensors").header
     assert (header.license, header.initial) == ("unknown", None)
+    # A record that was edited gives no file that is refused when read.
+    update_run_record(tmp_path / "bare", weights={"license": "MIT\n  loaded 320 tensors"})
+    command(tmp_path / "bare", tmp_path / "b.safetensors")
+    assert "\n" not in port.read(tmp_path / "b.safetensors").header.license
 
 
 @pytest.mark.parametrize(
@@ -181,7 +185,7 @@ def test_without_a_record_the_licence_is_unknown(run, command, tmp_path):
         (("POOLED", "a.safetensors", "--upsampling", "4"), "says that it is 2"),
         (("POOLED", "a.safetensors", "--preprocessing", "unit"), "says that it is torchvision"),
         (("MLP", "a.safetensors"), 'its config.model.name is "mlp"'),
-        (("EMPTY", "a.safetensors"), "holds no latest checkpoint"),
+        (("EMPTY", "a.safetensors"), "until one has been saved, or name the folder of another run"),
         (("FILE", "a.safetensors", "--checkpoint", "best"), "among those of a workdir"),
     ],
 )

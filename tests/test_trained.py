@@ -166,6 +166,15 @@ def test_predict_refuses_in_one_line(folder, pictures, capsys, name, message):
     assert caught.value.code == 2 and error.count("\n") == 1 and message in error
 
 
+def test_predict_says_what_to_do_with_a_folder(pictures, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        predict.main([f"--weights={tmp_path}", str(pictures[0])])
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path}: is a folder; name that of a run with --workdir, or port a run first: "
+        "python -m cifar_jax.port_weights RUN NEW.safetensors\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

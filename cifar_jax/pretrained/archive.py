@@ -40,7 +40,8 @@ def open_archive(path: str | os.PathLike) -> Iterator[zipfile.ZipFile]:
         members = archive.infolist()
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise UserError(
-                f"{path}: has compressed members; Keras and PyTorch write none: save it again"
+                f"{path}: has compressed members; save it again with Keras, or with torch.save "
+                "(TorchScript? save model.state_dict())"
             )
         if sum(member.file_size for member in members) > size:
             raise UserError(f"{path}: damaged: its members declare more bytes than the file has")

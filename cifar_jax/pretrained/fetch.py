@@ -9,6 +9,7 @@ from cifar_jax.download import download
 from cifar_jax.errors import UserError, tell
 
 CACHE = "~/.cache/cifar_jax/weights"
+PORT_A_RUN = "port a run first: python -m cifar_jax.port_weights RUN NEW.safetensors"  # advice
 _TIMEOUT = 20.0  # seconds
 _KERAS = "https://storage.googleapis.com/tensorflow/keras-applications/resnet/"
 _TORCHVISION = "https://download.pytorch.org/models/"
@@ -65,6 +66,8 @@ def resolve(pretrained: str, cache: str | os.PathLike = CACHE) -> Path:
     """
     if pretrained not in _WANTED:
         path = Path(pretrained).expanduser()
+        if path.is_dir():
+            raise UserError(f"{pretrained}: is a folder; {PORT_A_RUN}")
         if not path.is_file():
             raise UserError(
                 f"{pretrained}: no such file of weights; expected a path, keras or torchvision"

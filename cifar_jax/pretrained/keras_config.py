@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.models.transfer import INTERPOLATIONS, PREPROCESSINGS, UPSAMPLINGS
-from cifar_jax.pretrained.keras_graph import PIXELS, Layer, flat_layers, pixels_after
-from cifar_jax.pretrained.names import FEATURES, STAGES, Structure, printable
+from cifar_jax.pretrained.keras_graph import PIXELS, Graph, Layer, pixels_after, read_graph
+from cifar_jax.pretrained.names import STAGES, Structure, printable
 
 _FIRST, _LAST = "conv1_pad", "conv5_block3_out"
+_SIDE = 32  # pixels: of CIFAR-10's pictures, and of what ResNet50 makes one pixel of
 # What every layer of a kind has; a tuple lists spellings of one value, Keras 2's last.
 _LAYOUT = {"data_format": "channels_last"}
 _NORM = {"momentum": 0.99, "center": True, "scale": True, "renorm": False}
@@ -72,13 +73,13 @@ def compare(text: str | bytes, structure: Structure) -> Network:
         initial values, the optimizer) is not compared.
     """
     try:
-        return _compare(flat_layers(text), structure)
+        return _compare(read_graph(text), structure)
     except (ValueError, RecursionError) as error:
         return Network([printable(str(error))])
 
 
-def _compare(layers: dict[str, Layer], structure: Structure) -> Network:
-    network, backbone = Network(), _backbone()
+def _compare(graph: Graph, structure: Structure) -> Network:
+    network, backbone, layers = Network(), _backbone(), graph.layers
     network.differences += _backbone_differences(layers, backbone)
     keys = {layer.name: key for key, layer in layers.items()}
     if _FIRST in keys and _LAST in keys:
@@ -87,9 +88,14 @@ def _compare(layers: dict[str, Layer], structure: Structure) -> Network:
         behind = [key for key in order[len(front) :] if layers[key].name not in backbone]
         _compare_pixels({key: layers[key] for key in front}, layers[keys[_FIRST]], into=network)
         _compare_upsampling([layers[key] for key in front], structure, into=network)
+        _compare_input(graph.input_shape, structure, into=network)
         _compare_head(
             {key: layers[key] for key in behind}, keys[_LAST], structure=structure, into=network
         )
+        last = behind[-1] if behind else keys[_LAST]
+        if graph.output != last:
+            given, wanted = (printable(key[1:]) for key in (graph.output, last))
+            network.differences.append(f"output of {given or 'the input'}, expected of {wanted}")
     return network
 
 
@@ -157,10 +163,10 @@ def _compare_upsampling(front: list[Layer], structure: Structure, *, into: Netwo
         into.differences.append(
             f"upsampling by {printable(str(sizes))}, expected one of {wanted} in all, each way"
         )
-    elif structure.head and structure.head.kind == "flatten":
-        side = math.isqrt(structure.head.features // FEATURES)
-        if factor != side:
-            into.differences.append(f"upsampling by {factor}, the head is made for {side}")
+    elif structure.tuned_head == "flatten" and factor != structure.head.side:
+        into.differences.append(
+            f"upsampling by {factor}, the head is made for {structure.head.side}"
+        )
     kinds = [layer.config.get("interpolation") for layer in found]
     if kinds[0] not in INTERPOLATIONS or (len(kinds) > 1 and set(map(str, kinds)) != {"nearest"}):
         into.differences.append(
@@ -169,6 +175,21 @@ def _compare_upsampling(front: list[Layer], structure: Structure, *, into: Netwo
     for layer in found:
         into.differences += _fact_differences(layer, _LAYOUT)
     into.settings |= {"upsampling": factor, "interpolation": kinds[0]}
+
+
+def _compare_input(shape: Any, structure: Structure, *, into: Network) -> None:
+    """Compares the size of the pictures: what is not upsampled in the model comes upsampled."""
+    if "upsampling" in into.settings:
+        pixels = _SIDE
+    elif structure.tuned_head == "flatten":
+        pixels = _SIDE * structure.head.side
+    else:
+        return
+    expected = [pixels, pixels, 3]
+    sizes = shape[1:] if isinstance(shape, list) else []
+    filled = [want if size is None else size for size, want in zip(sizes, expected, strict=False)]
+    if shape is not None and (filled != expected or len(sizes) > len(expected)):
+        into.differences.append(f"input {printable(str(shape))}, expected {[None, *expected]}")
 
 
 def _compare_head(

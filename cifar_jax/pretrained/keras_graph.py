@@ -22,6 +22,7 @@ _ARITHMETIC = {
     "TrueDivide": np.divide,
     "Divide": np.divide,
 }
+_TAKE_TRAINING = ("BatchNormalization", "Dropout")  # as the second argument
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,17 @@ class Layer:
     call: Any  # what an operation was called with; None: its one input
 
 
-def flat_layers(text: str | bytes) -> dict[str, Layer]:
-    """Returns {key: layer} in the file's order, where each layer comes after those that it reads.
+@dataclass(frozen=True)
+class Graph:
+    """A model, those nested in it dissolved."""
+
+    layers: dict[str, Layer]  # by key, in the file's order: each comes after those that it reads
+    output: str  # key of the layer that gives the model's output
+    input_shape: Any  # as the file has it: [batch, height, width, channels], or None
+
+
+def read_graph(text: str | bytes) -> Graph:
+    """Returns the graph of a model.
 
     Args:
         text: JSON as Keras 3 writes it, or Keras 2.
@@ -48,10 +58,11 @@ def flat_layers(text: str | bytes) -> dict[str, Layer]:
         raise ValueError(f"longer than {_MOST_CHARACTERS:,} characters")
     layers: dict[str, Layer] = {}
     try:
-        _add_model(json.loads(text), "", path="", layers=layers)
+        model = json.loads(text)
+        output = _add_model(model, "", path="", layers=layers)
+        return Graph(layers, output, _input_shape(model))
     except (KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
         raise ValueError(f"no model of Keras ({type(error).__name__})") from error
-    return layers
 
 
 def pixels_after(layers: Mapping[str, Layer]) -> dict[str, np.ndarray]:
@@ -85,8 +96,9 @@ def _add_model(model: dict, source: str, *, path: str, layers: dict[str, Layer])
         name, nodes = layer["config"]["name"], layer["inbound_nodes"]
         if len(nodes) > 1:
             raise ValueError(f"{name} is used {len(nodes)} times")
-        if '"training": true' in json.dumps(nodes):  # wherever either release has its kwargs
-            raise ValueError(f"{name} is called with training=True")
+        for value in _training(layer):
+            if value not in (None, False, 0):
+                raise ValueError(f"{name} is called with training={value}")
         inputs = tuple(keys[reference] for reference in _references(nodes))
         keys[name] = _add(layer, inputs or (source,), path=path, layers=layers)
     outputs = [keys[name] for name in _references(config["output_layers"])]
@@ -109,6 +121,34 @@ def _add(layer: dict, inputs: tuple[str, ...], *, path: str, layers: dict[str, L
     call = nodes[0]["args"] if isinstance(nodes[0], dict) else None
     layers[key] = Layer(str(config["name"]), str(kind), config, inputs, call)
     return key
+
+
+def _input_shape(model: dict) -> Any:
+    """Returns the shape of a model's input; None where nothing is said."""
+    configs = [layer["config"] for layer in model["config"]["layers"]]
+    spellings = ("batch_shape", "batch_input_shape")  # Keras 3's and 2's
+    return next((config[key] for config in configs for key in spellings if key in config), None)
+
+
+def _training(layer: dict) -> Iterator[Any]:
+    """Yields what a layer is called with as `training`, by name or by place."""
+    nodes = layer["inbound_nodes"]
+    yield from _named("training", nodes)
+    if layer["class_name"] in _TAKE_TRAINING or "layers" in layer["config"]:
+        for node in nodes:
+            if isinstance(node, dict):  # Keras 2 has names alone
+                yield from node["args"][1:]
+
+
+def _named(name: str, value: Any) -> Iterator[Any]:
+    """Yields every value of that name, wherever a release has its kwargs."""
+    if isinstance(value, dict):
+        if name in value:
+            yield value[name]
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from _named(name, item)
 
 
 def _references(value: Any) -> Iterator[str]:

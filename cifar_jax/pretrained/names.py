@@ -159,7 +159,12 @@ def wrong_dtypes(dtypes: Mapping[str, str]) -> list[str]:
 
 def printable(name: str) -> str:
     """Returns a name from an untrusted file so that it cannot break or forge a line."""
-    return name if name.isascii() and name.isprintable() and len(name) < 200 else ascii(name[:200])
+    return name if is_printable(name) and len(name) < 200 else ascii(name[:200])
+
+
+def is_printable(text: str) -> bool:
+    """Tells whether a text stays within its line."""
+    return text.isascii() and text.isprintable()
 
 
 def _backbone(prefix: str, *, biased: bool) -> Iterator[Layer]:

@@ -15,10 +15,16 @@ import safetensors.numpy
 
 from cifar_jax.errors import UserError
 from cifar_jax.models import transfer
-from cifar_jax.pretrained.names import VARIANTS, printable, wrong_dtypes
+from cifar_jax.pretrained.names import VARIANTS, is_printable, printable, wrong_dtypes
 
 FORMAT_VERSION = 1
-PREPROCESSINGS = (*transfer.PREPROCESSINGS, "unknown")
+_CHOICES = {
+    "variant": VARIANTS,
+    "preprocessing": (*transfer.PREPROCESSINGS, "unknown"),
+    "head": (*transfer.HEADS, None),
+    "upsampling": (*transfer.UPSAMPLINGS, None),
+    "interpolation": (*transfer.INTERPOLATIONS, None),
+}
 # One key with JSON inside: safetensors writes several keys in random order, and the same port shall
 # give the same bytes.
 _KEY = "cifar_jax"
@@ -95,14 +101,22 @@ def parse_header(metadata: Mapping[str, str], path: str | os.PathLike) -> Header
         raise UserError(f"{path}: damaged header: {printable(str(error))}") from error
     if header.format_version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {header.format_version}, this program reads {FORMAT_VERSION}: "
-            "port the original file again"
+            f"{path}: format version {printable(str(header.format_version))}, this program reads "
+            f"{FORMAT_VERSION}: port the original file again"
         )
-    if header.variant not in VARIANTS or header.preprocessing not in PREPROCESSINGS:
-        raise UserError(f"{path}: damaged header: unknown variant or preprocessing")
-    if not isinstance(header.upsampling, int | None):
-        raise UserError(f"{path}: damaged header: upsampling is no whole number")
+    for name, value in vars(header).items():
+        if not _is_possible(name, value):
+            raise UserError(f"{path}: damaged header: {name} {printable(repr(value))}")
     return header
+
+
+def _is_possible(name: str, value: Any) -> bool:
+    if name in _CHOICES:  # True and 1.0 equal 1
+        return any(type(value) is type(choice) and value == choice for choice in _CHOICES[name])
+    if name == "initial":
+        return value is None or isinstance(value, dict)
+    # A text goes into certificates, where it must not forge a line.
+    return name == "format_version" or (isinstance(value, str) and is_printable(value))
 
 
 def check_content(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import UserError
+from cifar_jax.models.transfer import UPSAMPLINGS
 from cifar_jax.pretrained import hdf5, keras, keras_config, keras_files, ours, pth, torch
 from cifar_jax.pretrained.archive import open_archive, read_member
 from cifar_jax.pretrained.fetch import check_published
@@ -95,16 +96,15 @@ def read(path: str | os.PathLike, variant: str | None = None) -> Weights:
     insist(variant, source.variant, path)
     values = _through_table(source, path)
     structure = structure_of(values, source.variant)
-    is_flatten = structure.tuned_head == "flatten"
-    settings = source.settings
     published_for = "unknown" if structure.tuned_head else source.variant
+    settings = source.settings | _shown(structure, path)
     header = ours.Header(
         source=printable(path.name),
         naming=source.naming,
         variant=source.variant,
         preprocessing=settings.get("preprocessing", published_for),
-        head=structure.tuned_head,
-        upsampling=structure.head.side if is_flatten else settings.get("upsampling"),
+        head=settings["head"],
+        upsampling=settings.get("upsampling"),
         interpolation=settings.get("interpolation"),
         license=printable(source.license or (published.license if published else "unknown")),
         **digests,
@@ -128,9 +128,7 @@ def write_published(weights: Weights, path: str | os.PathLike) -> None:
     Raises:
         UserError: where that form has no place for them, or `path` has another ending.
     """
-    ending = {"keras": ".weights.h5", "torchvision": ".safetensors"}[weights.header.variant]
-    if not str(path).endswith(ending):
-        raise UserError(f"{path}: expected a name that ends in {ending}")
+    check_ending(path, weights.header.variant)
     values = _with_top(weights)
     if weights.header.variant == "keras":
         ours.write_atomically(path, lambda part: keras.write_weights(values, part))
@@ -141,6 +139,13 @@ def write_published(weights: Weights, path: str | os.PathLike) -> None:
     table = torch.table(structure, "torchvision")
     tensors = {name: entry.store(values[entry.name]) for name, entry in table.items()}
     ours.write_safetensors(path, tensors, weights.header.license)
+
+
+def check_ending(path: str | os.PathLike, to: str | None) -> None:
+    """Raises `UserError` where the name is not one of our files, or of those that `to` means."""
+    ending = ".weights.h5" if to == "keras" else ".safetensors"
+    if not str(path).endswith(ending):
+        raise UserError(f"{path}: expected a name that ends in {ending}")
 
 
 def insist(wanted: str | None, found: str, path: Path) -> None:
@@ -192,7 +197,29 @@ def _read_ours(
     insist(variant, header.variant, path)
     check(tensors, header.variant, path)
     ours.check_content(tensors, metadata, path)
+    shown = _shown(structure_of(tensors, header.variant), path)
+    for name, value in shown.items():
+        if getattr(header, name) not in (None, value):
+            raise UserError(
+                f"{path}: damaged header: {name} {getattr(header, name)}, its tensors have {value}"
+            )
+    header = dataclasses.replace(header, **shown)
     return Weights(tensors, header, ported=True, read=len(tensors), ignored=())
+
+
+def _shown(structure: Structure, path: Path) -> dict[str, Any]:
+    """Returns the fields of a header that the tensors show.
+
+    Raises:
+        UserError: for a flatten head on maps of a size that no upsampling of ours gives.
+    """
+    if structure.tuned_head != "flatten":
+        return {"head": structure.tuned_head}
+    side = structure.head.side
+    if side not in UPSAMPLINGS:
+        wanted = ", ".join(f"{size} x {size}" for size in UPSAMPLINGS)
+        raise UserError(f"{path}: its head reads maps of {side} x {side}, expected one of {wanted}")
+    return {"head": "flatten", "upsampling": side}
 
 
 def _torch_source(

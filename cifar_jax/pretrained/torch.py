@@ -72,7 +72,7 @@ def canonical(
 
 def classes(tensors: Mapping[str, np.ndarray]) -> int | None:
     """Returns the number of classes of the top of canonical tensors, None without top."""
-    for name in ("fc.bias", "classifier.1.bias"):
+    for name in ("fc.bias", "fc.weight", "classifier.1.bias", "classifier.1.weight"):
         if name in tensors:
             return tensors[name].shape[0] if tensors[name].ndim else 0
     return None
