@@ -28,7 +28,7 @@ from flax import nnx
 
 from cifar_jax.metrics import Metrics
 from cifar_jax.models import resnet50
-from cifar_jax.models.layers import BatchNorm
+from cifar_jax.models.batch_norm import BatchNorm
 from cifar_jax.models.transfer import FlattenHead, TransferClassifier, preprocess
 from cifar_jax.parallel import JitExecution, PmapExecution, scan_train_steps
 from cifar_jax.state import TrainState, create_state, to_arrays
