@@ -121,6 +121,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_like_float32(monkeypatch):
     """Eight bits of mantissa through a dozen layers and back, on 16 images.
 

@@ -68,6 +68,7 @@ def test_flop_is_what_xla_counts_for_a_plain_network(variant):
     assert counted == pytest.approx(formula, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_plain_network_is_ours(variant):
     """Value for value: else it would not show what the fast paths buy."""
