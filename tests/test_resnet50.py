@@ -141,7 +141,10 @@ def test_float32_is_close(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_gradients_are_close(variant):
-    """The median over three inputs: rounding may push one ReLU over its kink, which is no error."""
+    """Rounding alone is below 1e-3; where it pushes a ReLU over its kink, one unit's share is added.
+
+    Of three inputs at least one has no such unit; a wrong gradient would be wrong for all.
+    """
     model, far = create(variant, jnp.float32), []
     for size in (SMALL, SMALL[::-1], (56, 40)):
         x, d = images(size).astype(np.float32), cotangent().astype(np.float32)
@@ -150,7 +153,7 @@ def test_float32_gradients_are_close(variant):
         whole = np.concatenate([gradient.ravel() for gradient in expected.values()])
         found = np.concatenate([ours[path].ravel() for path in expected])
         far.append(np.linalg.norm(found - whole) / np.linalg.norm(whole))
-    assert np.median(far) < 1e-3, far
+    assert min(far) < 1e-3 and max(far) < 2e-2, far
 
 
 def count(create_model, kind=nnx.Variable) -> int:
