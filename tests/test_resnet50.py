@@ -141,7 +141,7 @@ def test_float32_is_close(variant):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_float32_gradients_are_close(variant):
-    """Rounding alone is below 1e-3; where it pushes a ReLU over its kink, one unit's share is added.
+    """Rounding alone is below 1e-3; where it pushes a ReLU over its kink, one unit adds to it.
 
     Of three inputs at least one has no such unit; a wrong gradient would be wrong for all.
     """
