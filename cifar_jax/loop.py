@@ -85,11 +85,10 @@ class Loop:
         )
         self.splits = splits
         self.execution = execution
-        self.feed = pipeline.train_batches
+        self.on_device = on_device
         if on_device:
             train = splits["train"]
             execution.keep({"image": train.images, "label": train.labels})
-            self.feed = pipeline.train_rows
         self.checkpointer = checkpointer
         self.checkpoint_extra = checkpoint_extra
         self.recorder = recorder
@@ -123,14 +122,16 @@ class Loop:
     def train(self, profile_folder: pathlib.Path | None) -> None:
         """Makes the calls that are left, as far as no signal comes."""
         plan = self.plan
-        batches = self.feed(
-            self.splits["train"],
+        split = self.splits["train"]
+        rows = pipeline.train_rows(
+            split,
             plan.calls(self.step),
             batch_size=plan.batch_size,
             seed=plan.seed,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        batches = rows if self.on_device else pipeline.train_batches(split, rows)
         calls = plan.calls(self.step)
         with contextlib.ExitStack() as trace:
             for number, ((_, steps), batch) in enumerate(zip(calls, batches, strict=True)):

@@ -5,9 +5,11 @@ python -m cifar_jax.port_weights keras resnet50.safetensors
 python -m cifar_jax.port_weights resnet50.safetensors resnet50.weights.h5 --to keras
 python -m cifar_jax.port_weights runs/resnet50 mine.safetensors --checkpoint best
 
-What Keras fine-tuned, predict and evaluate can use once it is known what its images went through:
+What Keras fine-tuned, predict and evaluate can use. What its images went through a .keras file says
+itself; of weights alone it is stated:
 
-python -m cifar_jax.port_weights cifar.keras cifar.safetensors --preprocessing unit \\
+python -m cifar_jax.port_weights cifar.keras cifar.safetensors
+python -m cifar_jax.port_weights cifar.weights.h5 cifar.safetensors --preprocessing unit \\
     --interpolation nearest
 """
 

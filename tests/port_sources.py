@@ -110,3 +110,20 @@ def randomize_keras(model) -> None:
                     for w in layer.weights
                 ]
             )
+
+
+def notebook_head():
+    """The layers behind the notebook's ResNet50."""
+    from keras import layers
+
+    return [
+        layers.Flatten(),
+        layers.BatchNormalization(),
+        layers.Dense(128, activation="relu"),
+        layers.Dropout(0.5),
+        layers.BatchNormalization(),
+        layers.Dense(64, activation="relu"),
+        layers.Dropout(0.5),
+        layers.BatchNormalization(),
+        layers.Dense(10, activation="softmax"),
+    ]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cifar_jax.models.layers import dropout, matmul, max_pool, pointwise
+from cifar_jax.models.layers import convolve, dropout, matmul, max_pool, pointwise
 
 
 def keys(count: int) -> jax.Array:
@@ -111,3 +111,31 @@ def test_products_have_the_gradients_of_the_plain_one(product, shape):
     np.testing.assert_allclose(y, x @ kernel, rtol=1e-12)
     np.testing.assert_allclose(to_x, d @ kernel.T, rtol=1e-12)
     np.testing.assert_allclose(to_kernel, np.tensordot(x, d, (range(len(shape)),) * 2), rtol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 2), (2, 5), (4, 4), (7, 5)], ids=str)
+def test_convolution_equals_the_plain_one(size, stride):
+    """Maps smaller than the kernel and larger ones: values and both gradients."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, *size, 3)), rng.normal(size=(3, 3, 3, 4))
+    arguments = (stride, stride), ((1, 1), (1, 1))
+    numbers = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    with jax.enable_x64(True):
+        results = []
+        for convolution in (convolve, jax.lax.conv_general_dilated):
+            y, back = jax.vjp(lambda x, k, f=convolution: f(x, k, *arguments, **numbers), x, kernel)
+            d = np.random.default_rng(1).normal(size=y.shape)
+            results.append((y, *back(jnp.asarray(d))))
+    for found, expected in zip(*results, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_smallest_maps_are_no_convolution():
+    """XLA would exchange map and kernel."""
+    kernel, rest = jnp.ones((3, 3, 4, 4)), ((1, 1), ((1, 1), (1, 1)))
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    for side, is_one in ((2, False), (3, True)):
+        x = jnp.ones((1, side, side, 4))
+        text = str(jax.make_jaxpr(lambda x: convolve(x, kernel, *rest, **options))(x))
+        assert ("conv_general_dilated" in text) == is_one

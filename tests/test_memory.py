@@ -36,6 +36,6 @@ def page_faults(keep: bool) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_freed_memory_is_kept():
-    pages = 4 * (64 << 20) // 4096  # huge pages make them fewer, not none
-    assert page_faults(keep=True) < 100
-    assert page_faults(keep=False) > 0.001 * pages
+    # Measured: none, and 2,176: numpy asks for huge pages, else there were 65,536.
+    assert page_faults(keep=True) < 20
+    assert page_faults(keep=False) > 100

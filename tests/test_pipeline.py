@@ -27,11 +27,13 @@ def one_step_calls(start, stop):
 
 def labels(split, calls, **options):
     options = {"batch_size": 10, "seed": 3, **options}
-    return [batch["label"] for batch in train_batches(split, calls, **options)]
+    rows = train_rows(split, calls, **options)
+    return [batch["label"] for batch in train_batches(split, rows)]
 
 
 def test_pixels_stay_uint8_and_belong_to_their_labels(numbered):
-    for batch in train_batches(numbered, [(0, 5), (5, 5)], batch_size=10, seed=0):
+    rows = train_rows(numbered, [(0, 5), (5, 5)], batch_size=10, seed=0)
+    for batch in train_batches(numbered, rows):
         assert batch["image"].dtype == np.uint8 and batch["image"].shape == (5, 10, 32, 32, 3)
         assert batch["label"].dtype == np.int32 and batch["label"].shape == (5, 10)
         assert np.array_equal(batch["image"][..., 0, 0, 0], batch["label"])
@@ -79,7 +81,7 @@ def test_rows_are_those_of_the_batches(numbered):
     options |= dict(process_index=1, process_count=2)
     rows = [call["row"] for call in train_rows(numbered, calls, **options)]
     assert {array.dtype for array in rows} == {np.dtype(np.int32)}
-    batches = list(train_batches(numbered, calls, **options))
+    batches = train_batches(numbered, train_rows(numbered, calls, **options))
     for row, batch in zip(rows, batches, strict=True):
         assert np.array_equal(numbered.images[row], batch["image"])
         assert np.array_equal(numbered.labels[row], batch["label"])

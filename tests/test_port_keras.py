@@ -30,30 +30,16 @@ def with_top():
     return port_sources.keras_resnet50(include_top=True, classifier_activation=None)
 
 
-def _notebook_head():
-    return [
-        layers.Flatten(),
-        layers.BatchNormalization(),
-        layers.Dense(128, activation="relu"),
-        layers.Dropout(0.5),
-        layers.BatchNormalization(),
-        layers.Dense(64, activation="relu"),
-        layers.Dropout(0.5),
-        layers.BatchNormalization(),
-        layers.Dense(10, activation="softmax"),
-    ]
-
-
 def _sequential(backbone):
     return keras.Sequential(
-        [layers.Input((32, 32, 3)), layers.UpSampling2D(2), backbone, *_notebook_head()]
+        [layers.Input((32, 32, 3)), layers.UpSampling2D(2), backbone, *port_sources.notebook_head()]
     )
 
 
 def _functional(backbone):
     images = layers.Input((32, 32, 3))
     x = backbone(layers.UpSampling2D(2)(images))
-    for layer in _notebook_head():
+    for layer in port_sources.notebook_head():
         x = layer(x)
     return keras.Model(images, x)
 
@@ -61,7 +47,7 @@ def _functional(backbone):
 def _flattened(backbone):
     """The head grown onto the backbone's own graph: no nested model."""
     x = backbone.output
-    for layer in _notebook_head():
+    for layer in port_sources.notebook_head():
         x = layer(x)
     return keras.Model(backbone.input, x)
 

@@ -67,15 +67,7 @@ def notebooks_model(images):
             layers.Rescaling(1 / 255),
             layers.UpSampling2D(2),
             keras.applications.ResNet50(weights=None, include_top=False, input_shape=(64, 64, 3)),
-            layers.Flatten(),
-            layers.BatchNormalization(),
-            layers.Dense(128, activation="relu"),
-            layers.Dropout(0.5),
-            layers.BatchNormalization(),
-            layers.Dense(64, activation="relu"),
-            layers.Dropout(0.5),
-            layers.BatchNormalization(),
-            layers.Dense(10, activation="softmax"),
+            *port_sources.notebook_head(),
         ]
     )
     port_sources.randomize_keras(model)

@@ -16,39 +16,17 @@ from cifar_jax.data.splits import Split
 
 
 def train_batches(
-    split: Split,
-    calls: Iterable[tuple[int, int]],
-    *,
-    batch_size: int,
-    seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    split: Split, rows: Iterator[dict[str, np.ndarray]]
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields this host's share of the batches of each call, prefetched.
-
-    An epoch is a permutation of the split; what does not fill a batch at its end is left out, and
-    is another part of the split in every epoch.
+    """Yields the batches of each call, prefetched.
 
     Args:
       split: the training images.
-      calls: (first step, number of steps) of each call; a call does not cross an epoch.
-      batch_size: images of a global batch.
-      seed: 0 to 2**32 - 1.
-      process_index: this host.
-      process_count: hosts; they share a global batch in equal, consecutive parts.
+      rows: where those of each call lie, as `train_rows` gives it.
 
     Yields:
-      "image" [steps, batch_size / hosts, ...], uint8 pixels or float32 features, and
-      "label" int32 [steps, same].
+      "image" [steps, B, ...], uint8 pixels or float32 features, and "label" int32 [steps, B].
     """
-    rows = train_rows(
-        split,
-        calls,
-        batch_size=batch_size,
-        seed=seed,
-        process_index=process_index,
-        process_count=process_count,
-    )
     # In a notebook nothing else has silenced its notes on CPU features.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # TensorFlow takes seconds to import, and nothing but training pays for it.
@@ -65,7 +43,7 @@ def train_batches(
     options = tf.data.Options()
     # Constant folding would copy the images into the graph.
     options.experimental_optimization.apply_default_optimizations = False
-    signature = {"row": tf.TensorSpec((None, batch_size // process_count), tf.int32)}
+    signature = {"row": tf.TensorSpec((None, None), tf.int32)}
     dataset = tf.data.Dataset.from_generator(lambda: rows, output_signature=signature).map(gather)
     # One: the loop itself is a call ahead of the device, and a call's images may be many.
     return dataset.with_options(options).prefetch(1).as_numpy_iterator()
@@ -80,7 +58,18 @@ def train_rows(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Yields where the images of `train_batches` lie; for the arguments see there.
+    """Yields where the images of this host's share of each call's batches lie.
+
+    An epoch is a permutation of the split; what does not fill a batch at its end is left out, and
+    is another part of the split in every epoch.
+
+    Args:
+      split: the training images.
+      calls: (first step, number of steps) of each call; a call does not cross an epoch.
+      batch_size: images of a global batch.
+      seed: 0 to 2**32 - 1.
+      process_index: this host.
+      process_count: hosts; they share a global batch in equal, consecutive parts.
 
     Yields:
       "row" int32 [steps, batch_size / hosts], of `split.images`.

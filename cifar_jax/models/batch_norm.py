@@ -112,8 +112,9 @@ def normalize(
 
 def _normalize_forward(x, scale, bias, running_mean, epsilon, axis_name):
     wide = x.astype(jnp.promote_types(x.dtype, running_mean.dtype))
-    choose = functools.partial(lax.platform_dependent, wide, running_mean)
-    mean, var = choose(
+    mean, var = lax.platform_dependent(
+        wide,
+        running_mean,
         cpu=lambda x, _: _plain_moments(x, epsilon, axis_name),
         default=lambda x, shift: _shifted_moments(x, shift, axis_name),
     )

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from cifar_jax.models.batch_norm import BATCH_NORM_MODES, BatchNorm, BatchNormMode
-from cifar_jax.models.layers import check_name, max_pool, pointwise
+from cifar_jax.models.layers import check_name, convolve, max_pool, pointwise
 from cifar_jax.models.stem import conv_of_repeated
 
 STAGE_BLOCKS = (3, 4, 6, 3)
@@ -86,7 +86,7 @@ class _Layers:
             **shared,
         )
         return cls(
-            conv=functools.partial(nnx.Conv, **weights),
+            conv=functools.partial(nnx.Conv, conv_general_dilated=convolve, **weights),
             pointwise=functools.partial(nnx.Linear, dot_general=_dot_general, **weights),
             norm=norm,
             last_norm=functools.partial(norm, initial_scale=0.0 if zero_gamma else 1.0),

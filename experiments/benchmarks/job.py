@@ -61,12 +61,14 @@ def make_stacks(job: Job) -> list[dict[str, np.ndarray]]:
     return [{"image": x, "label": y} for x, y in zip(images, labels, strict=True)]
 
 
-def take_turns(turns: Turns, work: Callable[[], Any], settings: str) -> None:
-    """Does `work` once to compile what must be compiled, then once a turn; it returns the loss.
-
-    Everybody's process keeps the memory that it frees, as our commands do.
-    """
+def keeping_memory(contender: Callable[[Job, Turns], None], job: Job, turns: Turns) -> None:
+    """Runs a contender in a process that keeps the memory it frees, as our commands do."""
     keep_freed_memory()
+    contender(job, turns)
+
+
+def take_turns(turns: Turns, work: Callable[[], Any], settings: str) -> None:
+    """Does `work` once to compile what must be compiled, then once a turn; it returns the loss."""
     work()
     for report in turns:
         report |= {"loss": work(), "settings": settings}

@@ -74,12 +74,13 @@ def bare_step(turns: Turns) -> None:
     """Our compiled scan over batches that lie ready on the device: no pipeline, no loop."""
     import jax
 
-    from cifar_jax.data.pipeline import train_batches
+    from cifar_jax.data.pipeline import train_batches, train_rows
 
     def prepare(loop):
         plan = loop.plan
         calls = list(plan.calls(0))[: plan.steps_per_epoch // plan.steps_per_call]
-        batches = train_batches(loop.splits["train"], calls, batch_size=BATCH_SIZE, seed=0)
+        split = loop.splits["train"]
+        batches = train_batches(split, train_rows(split, calls, batch_size=BATCH_SIZE, seed=0))
         stacks = [jax.tree.map(jax.numpy.asarray, batch) for batch in batches]
         train, state = loop.execution.compiled_train, loop.state
         report = {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from experiments.benchmarks import interleaved, limit, ours, peers
 from experiments.benchmarks.interleaved import Report
-from experiments.benchmarks.job import WORKS, Job
+from experiments.benchmarks.job import WORKS, Job, keeping_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
@@ -31,6 +31,8 @@ CONTENDERS = {
     "keras-jax": functools.partial(peers.keras, backend="jax", jit_compile=True),
     "plain-jax": ours.plain_jax,
 }
+CONTENDERS = {name: functools.partial(keeping_memory, run) for name, run in CONTENDERS.items()}
+CONTENDERS["pytorch-as-installed"] = peers.pytorch
 
 
 def offered(job: Job) -> list[str]:
@@ -46,8 +48,7 @@ def offered(job: Job) -> list[str]:
 
 def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
     """Lets our package and the named contenders take turns, the machine's own rate among them."""
-    workers = {"ours": functools.partial(CONTENDERS["ours"], job)}
-    workers |= {name: functools.partial(CONTENDERS[name], job) for name in names}
+    workers = {name: functools.partial(CONTENDERS[name], job) for name in ("ours", *names)}
     reports = interleaved.run({**workers, MACHINE: limit.machine}, rounds=rounds)
     rates = reports.pop(MACHINE)
     return {

@@ -36,16 +36,17 @@ print(json.dumps({"seconds": time.perf_counter() - start, "mb": peak_mb() - befo
 FEED = """
 import json
 import tensorflow
-from cifar_jax.data.pipeline import train_batches
+from cifar_jax.data.pipeline import train_batches, train_rows
 from cifar_jax.data.sources import load
 from cifar_jax.data.splits import make_splits
 from experiments.benchmarks.interleaved import peak_mb
 calls = [(start, 125) for start in range(0, 1125, 125)]
 small = make_splits(load("sample"), protocol="notebook", seed=0)["train"]
-for _ in train_batches(small, [(0, 1)], batch_size=32, seed=0): pass  # TensorFlow's own start
+rows = train_rows(small, [(0, 1)], batch_size=32, seed=0)
+for _ in train_batches(small, rows): pass  # TensorFlow's own start
 before = peak_mb()
 split = make_splits(load(), protocol="notebook", seed=42)["train"]
-for _ in train_batches(split, calls, batch_size=32, seed=0): pass
+for _ in train_batches(split, train_rows(split, calls, batch_size=32, seed=0)): pass
 print(json.dumps({"mb": peak_mb() - before}))
 """
 

@@ -88,7 +88,7 @@ def train_keras(weights: Path, path: Path) -> None:
     """Runs `fit` and writes loss and accuracy of each step to `path`, as JSON."""
     import keras
 
-    from cifar_jax.data.pipeline import train_batches
+    from cifar_jax.data.pipeline import train_batches, train_rows
     from cifar_jax.initial import start_state
     from cifar_jax.models.registry import create_model
     from cifar_jax.state import MODEL_PARTS, model_leaves
@@ -101,7 +101,8 @@ def train_keras(weights: Path, path: Path) -> None:
     state = start_state(setup.create, setup.pretrained())
     initial = model_leaves({part: getattr(state, part) for part in MODEL_PARTS})
     train, calls = setup.splits["train"], [(0, STEPS)]
-    batches = next(train_batches(train, calls, batch_size=BATCH_SIZE, seed=config["seed"]))
+    rows = train_rows(train, calls, batch_size=BATCH_SIZE, seed=config["seed"])
+    batches = next(train_batches(train, rows))
     images = batches["image"].reshape(-1, 32, 32, 3).astype(np.float32)
 
     model = keras_transfer.create(upsampling=8, preprocessing="unit")

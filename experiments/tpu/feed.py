@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.data.pipeline import train_batches
+from cifar_jax.data.pipeline import train_batches, train_rows
 from cifar_jax.data.splits import Split
 from experiments.benchmarks.interleaved import (
     describe_machine,
@@ -33,7 +33,8 @@ RESULTS = Path(__file__).parent / "results" / "feed"
 def epoch_rate(split: Split, batch_size: int, steps: int) -> float:
     """Returns images a second over one epoch, the start of the pipeline aside."""
     starts = range(0, len(split) // batch_size - steps + 1, steps)
-    batches = train_batches(split, [(s, steps) for s in starts], batch_size=batch_size, seed=0)
+    rows = train_rows(split, [(s, steps) for s in starts], batch_size=batch_size, seed=0)
+    batches = train_batches(split, rows)
     next(batches)
     start = time.perf_counter()
     drawn = sum(batch["label"].size for batch in batches)
