@@ -3,14 +3,15 @@
 `ml_collections` already refuses unknown keys and wrong types; here are the impossible values.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_collections
 
+from cifar_jax.durations import Duration
 from cifar_jax.errors import UserError
+from cifar_jax.phases import check_spans
 
 UINT32_MAX = 2**32 - 1
 INT32_MAX = 2**31 - 1  # of the state's step counter
@@ -50,6 +51,17 @@ RULES: dict[str, Rule] = {
     "steps_per_call": COUNT,
     "eval_batch_size": COUNT,
     "keep_checkpoints": _whole(2),  # a damaged latest one needs another behind it
+    "test": SWITCH,
+    "label_smoothing": DECAY,
+    "ema_decay": DECAY,
+    "progressive": (lambda v: isinstance(v, str), "a text"),
+    "freeze.layers": (lambda v: isinstance(v, str), "a text"),
+    "freeze.batch_norm": _choice("frozen", "train"),
+    "augment.flip": SWITCH,
+    "augment.crop_padding": _whole(0, 16),
+    "augment.policy": _choice("none", "trivial"),
+    "augment.mixup": NOT_NEGATIVE,
+    "augment.cutmix": NOT_NEGATIVE,
     "execution": _choice("jit", "pmap"),
     "matmul_precision": _choice("default", "high", "highest"),
     "data.source": _choice("auto", "sample", "tfds"),
@@ -63,12 +75,13 @@ RULES: dict[str, Rule] = {
     "model.variant": _choice("keras", "torchvision"),
     "model.pretrained": TEXT,
     "model.preprocessing": _choice("unit", "keras", "torchvision"),
-    "model.upsampling": (lambda v: _is_int(v) and v in (1, 2, 4, 8), "one of 1, 2, 4, 8"),
+    "model.upsampling": _whole(1, 8),
     "model.interpolation": _choice("nearest", "bilinear"),
     "model.head": _choice("flatten", "pooled"),
     "model.dropout": DECAY,
     "model.batch_norm": _choice("train", "frozen"),
     "model.remat": SWITCH,
+    "model.test_time_flip": SWITCH,
     "optimizer.name": _choice("rmsprop", "sgd", "adam", "adamw"),
     "optimizer.learning_rate": POSITIVE,
     "optimizer.momentum": DECAY,
@@ -79,7 +92,10 @@ RULES: dict[str, Rule] = {
     "optimizer.epsilon": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.clip_norm": NOT_NEGATIVE,
-    "schedule.name": _choice("constant", "cosine"),
+    "optimizer.head_rate": POSITIVE,
+    "optimizer.layer_decay": _number(lambda v: 0 < v <= 1, "a number above 0, at most 1"),
+    "optimizer.accumulate": COUNT,
+    "schedule.name": _choice("constant", "cosine", "linear"),
     "schedule.warmup": TEXT,
     "schedule.final_fraction": FRACTION,
 }
@@ -95,41 +111,10 @@ MAY_CHANGE = frozenset(
         "keep_checkpoints",
         "eval_batch_size",  # changes the last bits of a validation loss, nothing of the training
         "execution",  # one format of checkpoints serves both
+        "test",
         "model.pretrained",  # read once, by the first start
     )
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class Duration:
-    """A number of epochs or of steps, as written in a configuration."""
-
-    value: float
-    unit: str  # "epoch" or "step"
-
-    @classmethod
-    def parse(cls, text: str, *, key: str) -> "Duration":
-        """Reads "10 epochs", "0.5 epoch" or "500 steps".
-
-        Raises:
-          UserError: naming `key`, for anything else, negative numbers and parts of a step.
-        """
-        try:
-            number, unit = text.split()
-            value, unit = float(number), unit.removesuffix("s")
-        except ValueError:
-            value, unit = math.nan, ""
-        whole = unit == "epoch" or value == int(value if math.isfinite(value) else 0)
-        if unit not in ("epoch", "step") or not 0 <= value < math.inf or not whole:
-            raise UserError(
-                f'config.{key} is "{text}"; expected a number and its unit, such as "10 epochs" '
-                'or "500 steps"'
-            )
-        return cls(value, unit)
-
-    def steps(self, steps_per_epoch: int) -> int:
-        """Returns the duration in whole training steps, rounded to the nearest."""
-        return round(self.value * (steps_per_epoch if self.unit == "epoch" else 1))
 
 
 def durations_in_steps(config: Mapping[str, Any], steps_per_epoch: int) -> dict[str, int]:
@@ -195,6 +180,7 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key} is {values[key]!r}; expected {expected}")
     for key in (*PERIODS, "schedule.warmup"):
         Duration.parse(values[key], key=key)
+    check_spans(values)
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
 

@@ -10,7 +10,7 @@ import numpy as np
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained.fetch import resolve
 from cifar_jax.pretrained.load import Loaded, load_pretrained
-from cifar_jax.state import MODEL_PARTS, TrainState, model_leaves
+from cifar_jax.state import TrainState, model_leaves
 
 
 def find_weights(config: Mapping[str, Any]) -> Path | None:
@@ -95,9 +95,7 @@ def start_state(
     @jax.jit
     def fill(pretrained):
         state = create()
-        drawn = {part: getattr(state, part) for part in MODEL_PARTS}
-        filled = [pretrained.get(name, leaf) for name, leaf in model_leaves(drawn).items()]
-        parts = jax.tree.unflatten(jax.tree.structure(drawn), filled)
-        return state.replace(**parts, opt_state=state.optimizer.init(parts["params"]))
+        filled = [pretrained.get(name, leaf) for name, leaf in model_leaves(state.parts).items()]
+        return state.start_from(jax.tree.unflatten(jax.tree.structure(state.parts), filled))
 
     return fill(dict(pretrained))

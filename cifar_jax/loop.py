@@ -6,12 +6,14 @@ import functools
 import itertools
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data import pipeline
@@ -19,6 +21,7 @@ from cifar_jax.data.splits import Split
 from cifar_jax.errors import RunError
 from cifar_jax.metrics import Metrics, Totals
 from cifar_jax.parallel import JitExecution, PmapExecution
+from cifar_jax.phases import Phase
 from cifar_jax.plan import Plan, is_due
 from cifar_jax.recording.recorder import Recorder, SilentRecorder
 from cifar_jax.signals import StopSignal
@@ -67,6 +70,7 @@ class Loop:
         history: History,
         plan: Plan,
         schedule: optax.Schedule,
+        structures: Mapping[Phase, nnx.GraphDef],
         splits: dict[str, Split],
         execution: JitExecution | PmapExecution,
         on_device: bool,
@@ -76,7 +80,10 @@ class Loop:
         stop: StopSignal,
     ):
         self.step = int(state.step)
-        self.state = execution.place(state)
+        self.structures = structures
+        # Of the update that led here: its evaluation may still be due.
+        self.phase = plan.phase(max(self.step - 1, 0))
+        self.state = execution.place(self._in_phase(state))
         self.history = history
         self.plan = plan
         # Many at once: to compute one waits for the step in flight, and then none is.
@@ -137,6 +144,7 @@ class Loop:
             for number, ((_, steps), batch) in enumerate(zip(calls, batches, strict=True)):
                 if self.stop.received is not None:
                     break
+                self.enter_phase()
                 if profile_folder and number == PROFILED_CALLS.start:
                     trace.enter_context(jax.profiler.trace(str(profile_folder)))
                 self.dispatch(batch, steps)
@@ -145,6 +153,20 @@ class Loop:
                     trace.close()
                 self.finish_edge()
         self.settle()
+
+    def enter_phase(self) -> None:
+        """Changes what is trained, and on which size, where a new phase starts."""
+        phase = self.plan.phase(self.step)
+        if phase != self.phase:
+            self.settle()
+            self.phase = phase
+            self.state = self._in_phase(self.state)
+            self._compiled_lengths.clear()
+            self.recorder.message(phase.describe())
+
+    def _in_phase(self, state: TrainState) -> TrainState:
+        recipe = dataclasses.replace(state.recipe, frozen=self.phase.frozen)
+        return state.replace(graphdef=self.structures[self.phase], recipe=recipe)
 
     def dispatch(self, batch: dict[str, np.ndarray], steps: int) -> None:
         """Starts a call, then fetches the metrics of the one before it."""

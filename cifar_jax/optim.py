@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import optax
 
+GROUPS = ("head", "stage4", "stage3", "stage2", "stage1", "stem")  # from the loss backwards
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -21,6 +23,9 @@ class OptimizerConfig:
     epsilon: float
     weight_decay: float
     clip_norm: float
+    head_rate: float = 1.0
+    layer_decay: float = 1.0
+    accumulate: int = 1
 
 
 def make_schedule(
@@ -30,15 +35,18 @@ def make_schedule(
 
     Args:
       learning_rate: the highest rate.
-      name: "constant" or "cosine" (to `final_fraction` of the rate at update `steps`).
+      name: "constant", or "cosine" or "linear" (to `final_fraction` of the rate at update `steps`).
       warmup: updates of linear warm-up from 0; update `warmup` is the first at the full rate.
       steps: updates of the whole run.
-      final_fraction: of the rate, for the cosine's end.
+      final_fraction: of the rate, where a cosine or a line ends.
     """
+    left = max(steps - warmup, 1)
     if name == "constant":
         after = optax.constant_schedule(learning_rate)
+    elif name == "linear":
+        after = optax.linear_schedule(learning_rate, final_fraction * learning_rate, left)
     else:
-        after = optax.cosine_decay_schedule(learning_rate, max(steps - warmup, 1), final_fraction)
+        after = optax.cosine_decay_schedule(learning_rate, left, final_fraction)
     if not warmup:
         return after
     return optax.join_schedules(
@@ -60,7 +68,9 @@ def make_optimizer(
     inside the root, and momentum over steps that already carry their rate; PyTorch applies the
     rate after the momentum, which is the same while the rate is constant. Adam's epsilon is
     PyTorch's: outside the root, after the bias correction. Weight decay is decoupled for every
-    optimizer: an update also takes off rate * weight_decay * kernel, outside the momentum.
+    optimizer: an update also takes off rate * weight_decay * kernel, outside the momentum. With
+    `accumulate` an update is made every so many steps, from the mean of their gradients; the
+    schedule counts updates.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     adam = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
@@ -71,14 +81,43 @@ def make_optimizer(
         "adamw": adam,
     }[config.name]
     has_momentum = config.momentum and config.name in ("rmsprop", "sgd")
+    by_group = optax.stateless(lambda updates, _: _scale_by_group(updates, config))
     decay = optax.add_decayed_weights(
         lambda step: -config.weight_decay * schedule(step),
         mask=lambda params: jax.tree.map_with_path(is_kernel, params),
     )
-    return optax.chain(
+    chain = optax.chain(
         clip,
         scale,
         optax.scale_by_learning_rate(schedule),
         optax.trace(config.momentum, config.nesterov) if has_momentum else optax.identity(),
         decay if config.weight_decay else optax.identity(),
+        by_group if has_groups(config) else optax.identity(),
+    )
+    if config.accumulate == 1:
+        return chain
+    return optax.MultiSteps(chain, config.accumulate).gradient_transformation()
+
+
+def has_groups(config: OptimizerConfig) -> bool:
+    """Tells whether groups of layers learn at rates of their own."""
+    return (config.head_rate, config.layer_decay) != (1.0, 1.0)
+
+
+def group_of(name: str) -> str:
+    """Returns the group of GROUPS of a parameter, such as "backbone.stage1.block2.conv1.kernel"."""
+    part = name.removeprefix("backbone.").partition(".")[0]
+    return part if part in GROUPS else "stem" if part.startswith("stem") else "head"
+
+
+def rate_of(group: str, config: OptimizerConfig) -> float:
+    """Returns a group's share of the learning rate."""
+    return config.head_rate if group == "head" else config.layer_decay ** GROUPS.index(group)
+
+
+def _scale_by_group(updates: Any, config: OptimizerConfig) -> Any:
+    rates = {group: rate_of(group, config) for group in GROUPS}
+    return jax.tree.map_with_path(
+        lambda path, x: x * rates[group_of(jax.tree_util.keystr(path, simple=True, separator="."))],
+        updates,
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 from cifar_jax import config as configuration
 from cifar_jax.errors import UserError
+from cifar_jax.phases import Phase, make_phases
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,7 @@ class Plan:
     evaluate_every: int
     log_every: int
     checkpoint_every: int
+    phases: tuple[Phase, ...]
 
     def calls(self, start: int) -> Iterator[tuple[int, int]]:
         """Yields (first step, steps) of each call from `start` on."""
@@ -31,7 +33,17 @@ class Plan:
             self.log_every,
             self.checkpoint_every,
         ]
-        return plan_calls(start, self.total, steps_per_call=self.steps_per_call, periods=periods)
+        return plan_calls(
+            start,
+            self.total,
+            steps_per_call=self.steps_per_call,
+            periods=periods,
+            stops=[phase.start for phase in self.phases],
+        )
+
+    def phase(self, step: int) -> Phase:
+        """Returns the phase of the update after `step` updates."""
+        return [phase for phase in self.phases if phase.start <= step][-1]
 
 
 def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
@@ -51,6 +63,7 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
             f"config.batch_size is {batch_size}; expected at most the {train_count} training images"
         )
     steps = configuration.durations_in_steps(config, steps_per_epoch)
+    phases = make_phases(config, steps_per_epoch=steps_per_epoch, total=steps["train_for"])
     return Plan(
         seed=config["seed"],
         batch_size=batch_size,
@@ -62,6 +75,7 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
         evaluate_every=steps["evaluate_every"],
         log_every=steps["log_every"],
         checkpoint_every=steps["checkpoint_every"],
+        phases=tuple(phases),
     )
 
 
@@ -71,7 +85,7 @@ def next_stop(step: int, periods: list[int], total: int) -> int:
 
 
 def plan_calls(
-    start: int, total: int, *, steps_per_call: int, periods: list[int]
+    start: int, total: int, *, steps_per_call: int, periods: list[int], stops: list[int]
 ) -> Iterator[tuple[int, int]]:
     """Cuts the steps from `start` to `total` into calls.
 
@@ -84,12 +98,14 @@ def plan_calls(
       total: steps of the whole run.
       steps_per_call: the longest call.
       periods: steps between evaluations, saves, rows and epochs; no call crosses a multiple.
+      stops: steps that no call crosses either.
 
     Yields:
       (first step, number of steps) of each call.
     """
     while start < total:
-        end = min(start + steps_per_call, next_stop(start, periods, total))
+        edge = min([next_stop(start, periods, total), *(stop for stop in stops if stop > start)])
+        end = min(start + steps_per_call, edge)
         yield start, end - start
         start = end
 

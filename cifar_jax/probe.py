@@ -16,7 +16,7 @@ from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
 from cifar_jax.checkpoint import Checkpointer, find_step, has_checkpoints, read_checkpoint
 from cifar_jax.data.splits import Split
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, tell
 from cifar_jax.feature_cache import FeatureCache
 from cifar_jax.initial import find_weights, load_initial_weights
 from cifar_jax.lock import locked
@@ -25,12 +25,14 @@ from cifar_jax.models.transfer import HeadClassifier
 from cifar_jax.parallel import check_devices
 from cifar_jax.recording.progress import Counter
 from cifar_jax.recording.run_record import field, has_run_record, read_run_record
+from cifar_jax.setup import Setup, set_up
 from cifar_jax.signals import StopSignal
-from cifar_jax.state import model_leaves, named_leaves, split_model
-from cifar_jax.train import Result, Setup, run, set_up, tell
+from cifar_jax.state import model_leaves, named_leaves, split_model, trained_arrays
+from cifar_jax.train import Result, run
 from cifar_jax.workdir import check_workdir
 
 HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
+NO_VALUES = (False, 0, "", "none", "frozen")
 FORMAT_VERSION = 1  # of the features: another one makes them anew
 
 
@@ -54,24 +56,24 @@ def train_head(
     """
     configuration.check(config)
     plain = configuration.to_dict(config)
-    _check_model(plain["model"])
+    _check_model(plain)
     workdir = pathlib.Path(workdir).expanduser().absolute()
     check_devices()
     if not has_checkpoints(workdir / HEAD_FOLDER):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
 
-    def whole_model():
-        return create_model(plain["model"], seed=plain["seed"])
+    def whole_model(config):
+        return create_model(config, seed=plain["seed"])
 
     with jax.default_matmul_precision(config.matmul_precision):
         # The head starts as the one in the whole model of this seed does.
-        setup = set_up(plain, lambda: HeadClassifier(whole_model().head))
+        setup = set_up(plain, lambda config: HeadClassifier(whole_model(config).head))
         setup = dataclasses.replace(setup, checkpoints=HEAD_FOLDER)
         if features := _features_of_finished(setup, workdir):
             setup = dataclasses.replace(setup, features=features)
             with locked(workdir, setting="--workdir"), StopSignal() as stop:
                 return run(setup, workdir, stop=stop, profile=profile)
-        _, template = split_model(nnx.eval_shape(whole_model))
+        _, template = split_model(nnx.eval_shape(lambda: whole_model(plain["model"])))
         setup, backbone = _load_weights(setup, template)
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             # Before features are computed, which may take hours.
@@ -133,6 +135,11 @@ def feature_key(
 
 
 def _check_model(config: Mapping[str, Any]) -> None:
+    for key, value in configuration.flatten(config):
+        # Features are those of one size, without augmentation, and the backbone learns nothing.
+        if key.split(".")[0] in ("augment", "progressive", "freeze") and value not in NO_VALUES:
+            raise UserError(f"config.{key} is {value!r}; features are computed once, without it")
+    config = config["model"]
     if config["name"] != "resnet50":
         raise UserError(
             f'config.model.name is "{config["name"]}"; features come from a backbone: '
@@ -202,7 +209,8 @@ def _write_whole_model(
     shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
     checkpointer = Checkpointer(workdir, keep=len(steps))
     for step in steps:
-        head, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
+        arrays, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
+        head = trained_arrays(arrays)
         arrays = {
             name: backbone[name.partition(".")[2]] if name not in head else head[name]
             for name in named_leaves(template)

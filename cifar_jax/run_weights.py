@@ -7,7 +7,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.pretrained import ours, port
 from cifar_jax.pretrained.names import printable
 from cifar_jax.recording.run_record import has_run_record, read_run_record
-from cifar_jax.state import MODEL_PARTS
+from cifar_jax.state import trained_arrays, without_ema
 
 
 def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
@@ -29,8 +29,8 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
             f'{workdir}: its config.model.name is "{model["name"]}"; only the weights of a '
             "resnet50 have a form outside"
         )
-    of_model = {name: name.split(".")[0] in MODEL_PARTS for name in arrays}
-    values = {name.partition(".")[2]: x for name, x in arrays.items() if of_model[name]}
+    trained = trained_arrays(arrays)
+    values = {name.partition(".")[2]: x for name, x in trained.items()}
     port.check(values, model["variant"], workdir)
     record = read_run_record(workdir) if has_run_record(workdir) else {}
     initial = record.get("weights") or {}
@@ -52,5 +52,7 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
         header,
         ported=False,
         read=len(arrays),
-        ignored=tuple(name for name in arrays if not of_model[name]),
+        ignored=tuple(
+            name for name, x in arrays.items() if x is not trained.get(without_ema(name))
+        ),
     )

@@ -11,8 +11,10 @@ import optax
 from flax import nnx
 
 from cifar_jax.errors import UserError
+from cifar_jax.recipe import Recipe
 
 MODEL_PARTS = ("params", "batch_stats")
+EMA = "ema."  # what the names of averaged parts begin with
 
 
 @flax.struct.dataclass
@@ -20,33 +22,53 @@ class TrainState:
     """Everything a step reads and changes, as pure arrays, and how to read them."""
 
     step: jax.Array  # int32 [], finished updates: update k takes batch k and the keys of k
-    seed: jax.Array  # uint32 [], of dropout
+    seed: jax.Array  # uint32 [], of dropout and augmentation
     params: dict[str, Any]
     batch_stats: dict[str, Any]
     opt_state: optax.OptState
+    ema: dict[str, Any]  # averages of params and batch_stats; empty without `recipe.ema_decay`
     graphdef: nnx.GraphDef = flax.struct.field(pytree_node=False)
     optimizer: optax.GradientTransformation = flax.struct.field(pytree_node=False)
+    recipe: Recipe = flax.struct.field(pytree_node=False)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The model's arrays as {part: nested dictionary} of `MODEL_PARTS`."""
+        return {part: getattr(self, part) for part in MODEL_PARTS}
+
+    def start_from(self, parts: dict[str, Any]) -> "TrainState":
+        """Returns the state before the first update of a model with these arrays."""
+        ema = jax.tree.map(jnp.copy, parts) if self.recipe.ema_decay else {}
+        return self.replace(**parts, opt_state=self.optimizer.init(parts["params"]), ema=ema)
 
 
 def create_state(
-    model: nnx.Module, optimizer: optax.GradientTransformation, *, seed: int
+    model: nnx.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    seed: int,
+    recipe: Recipe = Recipe(),  # noqa: B008 (frozen)
 ) -> TrainState:
     """Splits a model into arrays and structure, and starts the optimizer.
 
     Args:
       model: variables of types `nnx.Param` and `nnx.BatchStat` only.
       optimizer: an optax transformation.
-      seed: of dropout, 0 to 2**32 - 1.
+      seed: of dropout and augmentation, 0 to 2**32 - 1.
+      recipe: what a step does beside.
     """
     graphdef, parts = split_model(model)
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
         **parts,
-        opt_state=optimizer.init(parts["params"]),
+        opt_state=(),
+        ema={},
         graphdef=graphdef,
         optimizer=optimizer,
+        recipe=recipe,
     )
+    return state.start_from(parts)
 
 
 def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -58,6 +80,25 @@ def split_model(model: nnx.Module) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def model_leaves(parts: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a split model's leaves by the model's own names ("dense1.kernel"), in tree order."""
     return {name.partition(".")[2]: leaf for name, leaf in named_leaves(parts).items()}
+
+
+def trained_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns what a checkpoint holds of the model: {"params.dense1.kernel": array, ...}.
+
+    Where averages were kept, those: they are what was evaluated.
+    """
+    averaged = any(name.startswith(EMA) for name in arrays)
+    of_model = {
+        without_ema(name): array
+        for name, array in arrays.items()
+        if name.startswith(EMA) == averaged
+    }
+    return {name: x for name, x in of_model.items() if name.split(".")[0] in MODEL_PARTS}
+
+
+def without_ema(name: str) -> str:
+    """Returns the name of what "ema.params..." averages; other names as they are."""
+    return name.removeprefix(EMA)
 
 
 def count_parameters(state: TrainState) -> int:

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from cifar_jax.augment import augment
 from cifar_jax.losses import cross_entropy
 from cifar_jax.metrics import Metrics
-from cifar_jax.state import TrainState
+from cifar_jax.recipe import where_frozen
+from cifar_jax.state import MODEL_PARTS, TrainState
 
 Batch = Mapping[str, jax.Array]
 
@@ -52,15 +54,21 @@ def train_step(
     Returns:
       The state after one more update, and the batch's metrics before it, in training mode.
     """
-    images, labels = batch["image"], batch["label"]
+    recipe, labels = state.recipe, batch["label"]
     batch_size = labels.shape[0]
     keys = example_keys(state, batch_size, axis_name)
+    images, targets = augment(batch["image"], labels, keys, recipe.augment, axis_name=axis_name)
+    frozen = where_frozen(state.params, recipe.frozen)
     count = batch_size if axis_name is None else batch_size * jax.lax.axis_size(axis_name)
 
     def loss_of(params):
+        # What gets no gradient costs none.
+        params = jax.tree.map(
+            lambda x, still: jax.lax.stop_gradient(x) if still else x, params, frozen
+        )
         model = nnx.merge(state.graphdef, params, state.batch_stats)
         logits = model(images, train=True, keys=keys, axis_name=axis_name)
-        losses = cross_entropy(logits, labels)
+        losses = cross_entropy(logits, targets, smoothing=recipe.label_smoothing)
         batch_stats = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return jnp.sum(losses) / count, (losses, logits, batch_stats)
 
@@ -69,24 +77,38 @@ def train_step(
     if axis_name is not None:
         grads, metrics = jax.lax.psum((grads, metrics), axis_name)
     updates, opt_state = state.optimizer.update(grads, state.opt_state, state.params)
-    state = state.replace(
-        step=state.step + 1,
-        params=optax.apply_updates(state.params, updates),
-        batch_stats=batch_stats,
-        opt_state=opt_state,
+    params = jax.tree.map(
+        lambda old, new, still: old if still else new,
+        state.params,
+        optax.apply_updates(state.params, updates),
+        frozen,
     )
-    return state, metrics
+    state = state.replace(
+        step=state.step + 1, params=params, batch_stats=batch_stats, opt_state=opt_state
+    )
+    return (_average(state) if recipe.ema_decay else state), metrics
+
+
+def _average(state: TrainState) -> TrainState:
+    """Moves the averages towards the state; the first updates, far from the end, count less."""
+    steps = state.step.astype(jnp.float32)
+    decay = jnp.minimum(state.recipe.ema_decay, (1 + steps) / (10 + steps))
+    moved = jax.tree.map(
+        lambda old, new: (new + decay * (old - new)).astype(old.dtype), state.ema, state.parts
+    )
+    return state.replace(ema=moved)
 
 
 def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> Metrics:
     """Returns the metrics of a batch in evaluation mode.
 
     Args:
-      state: gives parameters and running statistics.
+      state: gives parameters and running statistics, or their averages where it keeps them.
       batch: "image" uint8 [B, 32, 32, 3], "label" int32 [B], "mask" bool [B], False on padding.
       axis_name: the `pmap` axis over which the metrics are summed.
     """
-    model = nnx.merge(state.graphdef, state.params, state.batch_stats)
+    parts = state.ema or state.parts
+    model = nnx.merge(state.graphdef, *(parts[name] for name in MODEL_PARTS))
     logits = model(batch["image"], train=False)
     losses = cross_entropy(logits, batch["label"])
     metrics = Metrics.of(losses, logits, batch["label"], batch["mask"])

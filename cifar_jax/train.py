@@ -2,27 +2,20 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import ml_collections
-import optax
-from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.checkpoint import Checkpointer, has_checkpoints
-from cifar_jax.data.sources import Dataset, load
-from cifar_jax.data.splits import Split, duplicates_across, fingerprint, make_splits
+from cifar_jax.data.splits import duplicates_across, fingerprint
 from cifar_jax.errors import UserError, tell
-from cifar_jax.initial import find_weights, load_initial_weights, start_state
+from cifar_jax.initial import find_weights, start_state
 from cifar_jax.lock import locked
 from cifar_jax.loop import PROFILE_FOLDER, History, Loop
 from cifar_jax.models.registry import create_model
-from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
-from cifar_jax.parallel import check_batch_size, check_devices, create_execution
-from cifar_jax.plan import Plan, make_plan
-from cifar_jax.pretrained.load import Loaded
+from cifar_jax.parallel import check_devices, create_execution
 from cifar_jax.recording.metrics_log import JSONL_NAME
 from cifar_jax.recording.recorder import open_recorder
 from cifar_jax.recording.run_record import (
@@ -32,15 +25,9 @@ from cifar_jax.recording.run_record import (
     read_run_record,
     update_run_record,
 )
+from cifar_jax.setup import Setup, describe_start, set_up, title
 from cifar_jax.signals import StopSignal
-from cifar_jax.state import (
-    MODEL_PARTS,
-    TrainState,
-    count_parameters,
-    create_state,
-    from_arrays,
-    model_leaves,
-)
+from cifar_jax.state import TrainState, count_parameters, from_arrays
 from cifar_jax.workdir import check_workdir
 
 
@@ -76,78 +63,9 @@ def train_and_evaluate(
     if not has_checkpoints(workdir):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
     with jax.default_matmul_precision(config.matmul_precision):
-        setup = set_up(plain, lambda: create_model(plain["model"], seed=plain["seed"]))
+        setup = set_up(plain, lambda config: create_model(config, seed=plain["seed"]))
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             return run(setup, workdir, stop=stop, profile=profile)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Setup:
-    """What a run starts from, before its workdir is touched."""
-
-    config: dict[str, Any]
-    data: Dataset
-    splits: dict[str, Split]
-    inputs: dict[str, Split]  # the splits' rows of what the model reads: images, or features
-    plan: Plan
-    schedule: optax.Schedule
-    template: TrainState  # shapes and dtypes only: drawing a ResNet-50 takes seconds
-    create: Callable[[], TrainState]
-    pretrained: Callable[[], Loaded | None]
-    features: dict[str, Any] | None = None  # what the features depend on, if they are the inputs
-    checkpoints: str = "."  # where in the workdir
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what a checkpoint must share with the run that goes on from it."""
-        return {
-            "config": self.config,
-            "splits_sha256": fingerprint(self.splits),
-            "data_sha256": self.data.sha256,
-        }
-
-
-def set_up(config: dict[str, Any], model: Callable[[], nnx.Module]) -> Setup:
-    """Finds the images and plans the run; nothing is written, and no weights are drawn or read.
-
-    Args:
-      config: as `config.to_dict` gives it.
-      model: creates what is trained.
-
-    Raises:
-      UserError: without the images, or for numbers that do not fit them.
-    """
-    data = load(config["data"]["source"], config["data"]["directory"])
-    splits = make_splits(
-        data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
-    )
-    for key in ("batch_size", "eval_batch_size"):
-        check_batch_size(config[key], key=key)
-    plan = make_plan(config, train_count=len(splits["train"]))
-    schedule = make_schedule(
-        config["optimizer"]["learning_rate"],
-        name=config["schedule"]["name"],
-        warmup=plan.warmup,
-        steps=plan.total,
-        final_fraction=config["schedule"]["final_fraction"],
-    )
-    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), schedule)
-
-    def create():
-        return create_state(model(), optimizer, seed=config["seed"])
-
-    template = jax.eval_shape(create)
-    expected = model_leaves({part: getattr(template, part) for part in MODEL_PARTS})
-    return Setup(
-        config=config,
-        data=data,
-        splits=splits,
-        inputs=splits,
-        plan=plan,
-        schedule=schedule,
-        template=template,
-        create=create,
-        pretrained=lambda: load_initial_weights(expected, config["model"], tell=tell),
-    )
 
 
 def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool) -> Result:
@@ -161,7 +79,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
     _record_start(setup, workdir, record, step=int(state.step), weights=weights)
     with open_recorder(
         workdir,
-        title=_title(setup),
+        title=title(setup),
         start_step=int(state.step),
         start_rows=history.rows,
         total_steps=plan.total,
@@ -171,12 +89,13 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         if missing := history.rows - len(recorder.rows):
             recorder.message(f"warning: {workdir / JSONL_NAME} lacks {missing} rows of this run")
             history.rows -= missing
-        recorder.message(_describe_start(setup, step=int(state.step)))
+        recorder.message(describe_start(setup, step=int(state.step)))
         loop = Loop(
             state=state,
             history=history,
             plan=plan,
             schedule=setup.schedule,
+            structures=setup.structures,
             splits=setup.inputs,
             execution=create_execution(setup.config["execution"]),
             on_device=setup.config["data"]["on_device"],
@@ -186,7 +105,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
             stop=stop,
         )
         loop.fit(workdir / PROFILE_FOLDER if profile else None)
-        record = _test(loop, workdir)
+        record = _test(setup, loop, workdir)
         checkpointer.close()
         return Result(loop.step, stop.received, record, recorder.rows)
 
@@ -257,29 +176,11 @@ def _record_start(
     )
 
 
-def _title(setup: Setup) -> str:
-    config, data = setup.config, setup.data
-    sample = f"; SAMPLE of {len(data.train_images):,} images" if data.is_sample else ""
-    model = config["model"]["name"] + (", frozen backbone" if setup.features else "")
-    return f"{model} on CIFAR-10, {config['data']['protocol']} splits{sample}"
-
-
-def _describe_start(setup: Setup, *, step: int) -> str:
-    plan, splits = setup.plan, setup.splits
-    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    left_out = len(splits["train"]) - plan.steps_per_epoch * plan.batch_size
-    sample = "the small SAMPLE of CIFAR-10; " if setup.data.is_sample else ""
-    return (
-        f"{sample}images: {sizes}; {plan.steps_per_epoch} steps an epoch, {left_out} images left "
-        f"out of each; {jax.device_count()} {jax.devices()[0].device_kind} device(s); "
-        f"starting after step {step} of {plan.total}"
-    )
-
-
-def _test(loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
-    """Reads the test split, if the run is at its end and has not read it there before."""
+def _test(setup: Setup, loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads the test split, where that is asked for and the run, at its end, has not done so."""
     record = read_run_record(workdir)
-    if loop.stop.received is not None or field(record, "result.step") == loop.step:
+    done = field(record, "result.step") == loop.step
+    if loop.stop.received is not None or done or not setup.config["test"]:
         return record
     count_test_read(workdir, {"step": loop.step, "checkpoint": "latest"})  # also if cut short
     totals = loop.evaluate(loop.splits["test"])

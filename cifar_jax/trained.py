@@ -17,7 +17,13 @@ from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import port
 from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
-from cifar_jax.state import MODEL_PARTS, from_arrays, model_leaves, split_model
+from cifar_jax.state import (
+    MODEL_PARTS,
+    from_arrays,
+    model_leaves,
+    split_model,
+    trained_arrays,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +83,7 @@ def _load_run(workdir: str | os.PathLike, checkpoint: str) -> Trained:
     model_config = extra["config"]["model"]
     abstract = nnx.eval_shape(lambda: create_model(model_config, seed=0))
     graphdef, template = split_model(abstract)
-    wanted = {name: x for name, x in arrays.items() if name.split(".")[0] in MODEL_PARTS}
-    tree = from_arrays(template, wanted, origin=f"checkpoint {step} of {workdir}")
+    tree = from_arrays(template, trained_arrays(arrays), origin=f"checkpoint {step} of {workdir}")
     model = nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS))
     return Trained(model, extra, step)
 

@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.log_every = "100 steps"  # training loss and accuracy since the last such row
     config.checkpoint_every = "1 epoch"
     config.keep_checkpoints = 2  # latest ones, at least 2, beside the best on validation
+    config.test = True  # read the test split once, at the end; False while recipes are compared
 
     config.execution = "jit"  # "jit": one sharded program; "pmap": one program a device
     config.matmul_precision = "highest"  # "default" lets a GPU or TPU round its inputs
@@ -42,12 +43,31 @@ def get_config() -> ml_collections.ConfigDict:
     model.variant = "keras"  # "keras": ResNet v1; "torchvision": v1.5; as the weights are
     model.pretrained = "none"  # "keras", "torchvision": the published weights; or a file's path
     model.preprocessing = "unit"  # /255, the notebook's; or the weights' own, named as the variant
-    model.upsampling = 8  # times 32 pixels: 1, 2, 4 or 8
+    model.upsampling = 8  # times 32 pixels: 1 to 8
     model.interpolation = "nearest"  # or "bilinear"
     model.head = "flatten"  # the notebook's; or "pooled": mean over pixels, one linear layer
     model.dropout = 0.5  # in the head
     model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics
+    model.test_time_flip = False  # logits are the mean over image and mirror image
     model.remat = False  # recompute each block's inside on the way back: less memory, more work
+
+    config.label_smoothing = 0.0  # share of a label that is spread over all classes
+    config.ema_decay = 0.0  # a step's share of the old averages of weights and statistics, which
+    #                         are evaluated and predict in their place; 0: no averages
+    config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
+    #                          upsampling 2, then 3, then model.upsampling (pooled head)
+
+    freeze = config.freeze = ml_collections.ConfigDict()
+    freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
+    #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
+    freeze.batch_norm = "frozen"  # norms in them keep their statistics; "train": as the others do
+
+    augment = config.augment = ml_collections.ConfigDict()  # on the device, in the training step
+    augment.flip = False  # left to right, every second image
+    augment.crop_padding = 0  # pixels of 32 that an image moves at most, each way
+    augment.policy = "none"  # or "trivial": TrivialAugment, one random operation an image
+    augment.mixup = 0.0  # alpha of the Beta of the shares; 0: none; usual: 0.2
+    augment.cutmix = 0.0  # the same; usual: 1.0; with both, either one at even odds
 
     optimizer = config.optimizer = ml_collections.ConfigDict()
     optimizer.name = "rmsprop"  # "rmsprop" as Keras computes it, "sgd", "adam", "adamw"
@@ -60,9 +80,14 @@ def get_config() -> ml_collections.ConfigDict:
     optimizer.epsilon = 1e-7  # rmsprop: inside the root, as in Keras; adam and adamw: outside
     optimizer.weight_decay = 0.0  # of kernels only; decoupled (so "adam" with it is "adamw")
     optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
+    optimizer.head_rate = 1.0  # times learning_rate, for the head
+    optimizer.layer_decay = 1.0  # times learning_rate once for stage4, twice for stage3, ..., and
+    #                              five times for the stem; 1: the same rate for all
+    optimizer.accumulate = 1  # steps an update takes the mean gradient of: batch_size x accumulate
+    #                           images; warm-up and train_for still count steps
 
     schedule = config.schedule = ml_collections.ConfigDict()
-    schedule.name = "constant"  # "constant" or "cosine"
+    schedule.name = "constant"  # "constant", "cosine" or "linear"
     schedule.warmup = "0 steps"  # linear, from 0
-    schedule.final_fraction = 0.0  # cosine: of the learning rate, at the end
+    schedule.final_fraction = 0.0  # cosine and linear: of the learning rate, at the end
     return config

@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from cifar_jax import config as configuration
+from cifar_jax.augment import Augment
 from cifar_jax.config import Duration
 from cifar_jax.errors import UserError
 from cifar_jax.initial import load_initial_weights
@@ -73,6 +74,7 @@ def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
     # Passed on whole: each of them is seen to change an update in test_optim.py. The precision is
     # read from the configuration itself, around all of this.
     elsewhere = {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
+    elsewhere |= {f"augment.{field.name}" for field in dataclasses.fields(Augment)}  # test_augment
     assert set(configuration.RULES) - noted - elsewhere == {"matmul_precision"}
 
 

@@ -1,5 +1,7 @@
 """The loop's clock and learning rates, with a device and a schedule made of paper."""
 
+import types
+
 import jax
 import numpy as np
 import optax
@@ -9,11 +11,14 @@ from cifar_jax import loop as loop_module
 from cifar_jax.loop import RATES_AT_ONCE, History, Loop
 from cifar_jax.metrics import Metrics
 from cifar_jax.optim import make_schedule
+from cifar_jax.phases import Phase
 from cifar_jax.plan import Plan
+from cifar_jax.recipe import Recipe
 from cifar_jax.recording.recorder import SilentRecorder
 from cifar_jax.signals import StopSignal
 
 STEPS, SECONDS = 20, 2.0
+PHASE = Phase(0, 1, ())
 
 
 class Device:
@@ -45,12 +50,14 @@ def make_loop(device, schedule, **options):
     plan = dict.fromkeys(("seed", "warmup"), 0)
     plan |= dict.fromkeys(("batch_size", "eval_batch_size", "steps_per_call", "log_every"), 1)
     plan |= dict.fromkeys(("steps_per_epoch", "total", "evaluate_every"), 10**6)
-    state = type("State", (), {"step": 0})()
+    plan |= {"phases": (PHASE,)}
+    state = types.SimpleNamespace(step=0, recipe=Recipe(), replace=lambda **changes: state)
     return Loop(
         **{"state": state, "history": History(), "plan": Plan(**plan, checkpoint_every=10**6)},
         **{"splits": {}, "execution": device, "on_device": False},
         **{"checkpointer": None, "checkpoint_extra": {}},
         **{"recorder": SilentRecorder(), "stop": StopSignal(), "schedule": schedule, **options},
+        structures={PHASE: None},
     )
 
 

@@ -6,24 +6,32 @@ import hypothesis.strategies as st
 from cifar_jax.plan import is_due, plan_calls
 
 PERIODS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
+STOPS = st.lists(st.integers(0, 250), max_size=3)
 
 
-@hypothesis.given(st.integers(0, 200), st.integers(1, 200), st.integers(1, 50), PERIODS)
-def test_calls_cover_every_step_once_and_cross_no_period(start, total, steps_per_call, periods):
-    calls = list(plan_calls(start, total, steps_per_call=steps_per_call, periods=periods))
+@hypothesis.given(st.integers(0, 200), st.integers(1, 200), st.integers(1, 50), PERIODS, STOPS)
+def test_calls_cover_every_step_once_and_cross_no_edge(
+    start, total, steps_per_call, periods, stops
+):
+    edges = {"periods": periods, "stops": stops}
+    calls = list(plan_calls(start, total, steps_per_call=steps_per_call, **edges))
     covered = [step for first, steps in calls for step in range(first, first + steps)]
     assert covered == list(range(start, total))
     for first, steps in calls:
         assert 1 <= steps <= steps_per_call
         inner = range(first + 1, first + steps)
         assert not [step for step in inner if any(step % period == 0 for period in periods)]
+        assert not set(inner) & set(stops)
 
 
-@hypothesis.given(st.integers(1, 200), st.integers(1, 50), PERIODS, st.data())
-def test_a_run_resumed_at_any_edge_makes_the_same_calls(total, steps_per_call, periods, data):
-    calls = list(plan_calls(0, total, steps_per_call=steps_per_call, periods=periods))
+@hypothesis.given(st.integers(1, 200), st.integers(1, 50), PERIODS, STOPS, st.data())
+def test_a_run_resumed_at_any_edge_makes_the_same_calls(
+    total, steps_per_call, periods, stops, data
+):
+    options = {"steps_per_call": steps_per_call, "periods": periods, "stops": stops}
+    calls = list(plan_calls(0, total, **options))
     number = data.draw(st.integers(0, len(calls) - 1))
-    resumed = plan_calls(calls[number][0], total, steps_per_call=steps_per_call, periods=periods)
+    resumed = plan_calls(calls[number][0], total, **options)
     assert list(resumed) == calls[number:]
 
 

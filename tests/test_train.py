@@ -217,7 +217,7 @@ def test_another_configuration_or_data_is_refused_and_nothing_changes(
     config.optimizer.learning_rate = 0.5
     with pytest.raises(UserError, match="optimizer.learning_rate was 0.001 and is 0.5"):
         train_and_evaluate(config, reference)
-    monkeypatch.setattr("cifar_jax.train.fingerprint", lambda splits: "other")
+    monkeypatch.setattr("cifar_jax.setup.fingerprint", lambda splits: "other")
     with pytest.raises(UserError, match="a run on other images or splits"):
         train_and_evaluate(module_config, reference)
     assert {p: p.stat().st_mtime_ns for p in reference.rglob("*") if p.is_file()} == before
@@ -279,7 +279,7 @@ def test_a_file_for_a_folder_is_told_at_once(name, module_config, tmp_path):
         train_and_evaluate(module_config, tmp_path)
 
 
-@pytest.mark.parametrize("at", ["_restore", "_record_start", "open_recorder", "_describe_start"])
+@pytest.mark.parametrize("at", ["_restore", "_record_start", "open_recorder", "describe_start"])
 def test_a_run_that_dies_in_its_first_instant_starts_again(
     at, module_config, reference, tmp_path, monkeypatch
 ):

@@ -53,6 +53,7 @@ class BatchNorm(nnx.Module):
         """
         self.epsilon, self.momentum, self.unbiased = epsilon, momentum, unbiased
         self.dtype = dtype
+        self.frozen = False  # True: "train" is "frozen" here, whatever the other layers do
         statistics_dtype = jnp.promote_types(param_dtype, jnp.float32)
         self.scale = nnx.Param(jnp.full(features, initial_scale, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features, param_dtype))
@@ -63,6 +64,7 @@ class BatchNorm(nnx.Module):
         self, x: jax.Array, mode: BatchNormMode, *, axis_name: str | None = None
     ) -> jax.Array:
         """Normalises `x` [..., features]; `axis_name` is the pmap axis that shares the batch."""
+        mode = "frozen" if self.frozen and mode == "train" else mode
         scale, bias, mean, var = (v[...] for v in (self.scale, self.bias, self.mean, self.var))
         if mode == "train":
             y, *moments = normalize(x, scale, bias, mean, self.epsilon, axis_name)

@@ -28,6 +28,7 @@ def create_model(config: Mapping[str, Any], *, seed: int) -> nnx.Module:
         head=config["head"],
         dropout=config["dropout"],
         batch_norm=config["batch_norm"],
+        test_time_flip=config["test_time_flip"],
         remat=config["remat"],
         **shared,
     )

@@ -7,8 +7,9 @@ from flax import nnx
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
 from cifar_jax.models.resnet50 import ResNet50
+from cifar_jax.models.stem import repeat_pixels
 
-UPSAMPLINGS = (1, 2, 4, 8)
+UPSAMPLINGS = range(1, 9)
 INTERPOLATIONS = ("nearest", "bilinear")
 HEADS = ("flatten", "pooled")
 
@@ -132,6 +133,7 @@ class TransferClassifier(nnx.Module):
         dropout: float = 0.5,
         batch_norm: BatchNormMode = "train",
         num_classes: int = 10,
+        test_time_flip: bool = False,
         remat: bool = False,
         dtype: jnp.dtype = jnp.float32,
         param_dtype: jnp.dtype = jnp.float32,
@@ -148,6 +150,8 @@ class TransferClassifier(nnx.Module):
             dropout: share of hidden outputs dropped in training; 0 needs no keys.
             batch_norm: mode of the backbone's batch norms in training; the head's always train.
             num_classes: number of logits.
+            test_time_flip: outside training, logits are the mean of those of an image and of its
+                mirror image.
             remat: see `ResNet50`.
             dtype: of the computation; the last layer computes in float32 at least.
             param_dtype: of the parameters and running statistics.
@@ -163,6 +167,7 @@ class TransferClassifier(nnx.Module):
         self.preprocessing = preprocessing
         self.upsampling = upsampling
         self.interpolation = interpolation
+        self.test_time_flip = test_time_flip
         self.dtype = dtype
         shared = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.backbone = ResNet50(
@@ -193,8 +198,14 @@ class TransferClassifier(nnx.Module):
             keys: typed PRNG keys [B] for dropout, one per example.
             axis_name: pmap axis over which the batch statistics are shared.
         """
-        maps = self.backbone_maps(images, train=train, axis_name=axis_name)
-        return self.head(maps, train=train, keys=keys, axis_name=axis_name)
+
+        def logits(images):
+            maps = self.backbone_maps(images, train=train, axis_name=axis_name)
+            return self.head(maps, train=train, keys=keys, axis_name=axis_name)
+
+        if self.test_time_flip and not train:
+            return (logits(images) + logits(images[:, :, ::-1])) / 2
+        return logits(images)
 
     def backbone_maps(
         self, images: jax.Array, *, train: bool, axis_name: str | None = None
@@ -203,7 +214,9 @@ class TransferClassifier(nnx.Module):
         # Affine per channel, so it may as well come before the upsampling, on fewer pixels.
         x = preprocess(images, self.preprocessing, dtype=self.dtype)
         repeats = self.upsampling
-        if self.interpolation == "bilinear":
+        if self.interpolation == "nearest" and repeats % 2:
+            x, repeats = repeat_pixels(x, repeats), 1
+        elif self.interpolation == "bilinear":
             batch, height, width, channels = x.shape
             shape = (batch, repeats * height, repeats * width, channels)
             x, repeats = jax.image.resize(x, shape, "bilinear"), 1

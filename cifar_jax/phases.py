@@ -1,0 +1,111 @@
+"""Phases of a run: which layers are frozen, and how large the images are, from which step on."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from cifar_jax.durations import Duration
+from cifar_jax.errors import UserError
+
+UPSAMPLINGS = range(1, 9)
+FREEZE, PROGRESSIVE = "freeze.layers", "progressive"
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What holds from step `start` to the next phase."""
+
+    start: int
+    upsampling: int
+    frozen: tuple[str, ...]  # patterns, as `recipe.is_frozen` reads them
+
+    def describe(self) -> str:
+        """Says in a line what holds."""
+        frozen = ", ".join(self.frozen) or "nothing"
+        return f"from step {self.start}: upsampling x{self.upsampling}, frozen: {frozen}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Words that hold until a step, or to the end (None)."""
+
+    words: tuple[str, ...]
+    end: Duration | None
+
+
+def parse_spans(text: str, *, key: str) -> list[Span]:
+    """Reads "stem stage1 until 2 epochs, stem until 4 epochs", or "stem" for the whole run.
+
+    Raises:
+      UserError: naming `key`, for anything else.
+    """
+    spans = []
+    for part in (each.strip() for each in text.split(",") if text.strip()):
+        words, until, end = part.partition(" until ")
+        if not words.split() or "until" in words.split() or (spans and spans[-1].end is None):
+            raise UserError(
+                f'config.{key} is "{text}"; expected parts such as "NAMES until 2 epochs", with '
+                "commas between them, of which only the last may have no end"
+            )
+        spans.append(Span(tuple(words.split()), Duration.parse(end, key=key) if until else None))
+    return spans
+
+
+def check_spans(config: Mapping[str, Any]) -> None:
+    """Refuses what cannot be meant.
+
+    Args:
+      config: by dotted names, as `config.flatten` gives it.
+
+    Raises:
+      UserError: naming the key.
+    """
+    parse_spans(config[FREEZE], key=FREEZE)
+    found = f'config.{PROGRESSIVE} is "{config[PROGRESSIVE]}"'
+    sizes = parse_spans(config[PROGRESSIVE], key=PROGRESSIVE)
+    for span in sizes:
+        if span.end is None or len(span.words) > 1 or span.words[0] not in map(str, UPSAMPLINGS):
+            raise UserError(
+                f'{found}; expected upsamplings of 1 to 8 such as "2 until 3 epochs, 3 until 4 '
+                'epochs"; config.model.upsampling follows'
+            )
+    if sizes and (config["model.name"], config["model.head"]) != ("resnet50", "pooled"):
+        raise UserError(
+            f'{found}; only a ResNet-50 with config.model.head "pooled" reads several sizes'
+        )
+
+
+def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) -> list[Phase]:
+    """Returns the phases of a run in order; the first one starts at 0.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      steps_per_epoch: of the run.
+      total: steps of the whole run; later phases are left out.
+
+    Raises:
+      UserError: for spans whose ends do not grow.
+    """
+    texts = {FREEZE: config["freeze"]["layers"], PROGRESSIVE: config[PROGRESSIVE]}
+    spans = {}
+    for key, text in texts.items():
+        spans[key] = [
+            (span.words, total if span.end is None else span.end.steps(steps_per_epoch))
+            for span in parse_spans(text, key=key)
+        ]
+        ends = [0] + [end for _, end in spans[key]]
+        if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
+            raise UserError(f'config.{key} is "{text}"; expected ends that grow')
+    starts = {0} | {end for of_key in spans.values() for _, end in of_key if end < total}
+
+    def words_at(key: str, step: int) -> tuple[str, ...]:
+        return next((words for words, end in spans[key] if step < end), ())
+
+    return [
+        Phase(
+            start=start,
+            upsampling=int((words_at(PROGRESSIVE, start) or [config["model"]["upsampling"]])[0]),
+            frozen=words_at(FREEZE, start),
+        )
+        for start in sorted(starts)
+    ]

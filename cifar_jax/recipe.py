@@ -1,0 +1,47 @@
+"""What a training step does beside the model and the optimizer."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+
+from cifar_jax.augment import Augment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Fixed while a program is compiled; the defaults are a plain step."""
+
+    label_smoothing: float = 0.0
+    ema_decay: float = 0.0
+    augment: Augment = Augment()
+    frozen: tuple[str, ...] = ()  # patterns of parameters' names, as `is_frozen` reads them
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "Recipe":
+        """Reads a configuration, as `config.to_dict` gives it; what is frozen is the phase's."""
+        return cls(
+            label_smoothing=config["label_smoothing"],
+            ema_decay=config["ema_decay"],
+            augment=Augment(**config["augment"]),
+        )
+
+
+def is_frozen(name: str, patterns: Iterable[str]) -> bool:
+    """Tells whether a parameter is frozen.
+
+    Args:
+      name: such as "backbone.stage1.block2.conv1.kernel".
+      patterns: each a part of a name, such as "stage1" or "stage?.block1.norm*.scale".
+    """
+    return any(fnmatch.fnmatchcase(name, f"*{pattern}*") for pattern in patterns)
+
+
+def where_frozen(params: Any, patterns: Iterable[str]) -> Any:
+    """Returns a tree like `params` of bools: True where a parameter is frozen."""
+    return jax.tree.map_with_path(
+        lambda path, _: is_frozen(jax.tree_util.keystr(path, simple=True, separator="."), patterns),
+        params,
+    )

@@ -1,0 +1,127 @@
+"""What a run starts from, made from its configuration: images, plan, optimizer, structures."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from cifar_jax.data.sources import Dataset, load
+from cifar_jax.data.splits import Split, fingerprint, make_splits
+from cifar_jax.errors import tell
+from cifar_jax.initial import load_initial_weights
+from cifar_jax.optim import OptimizerConfig, has_groups, make_optimizer, make_schedule
+from cifar_jax.parallel import check_batch_size
+from cifar_jax.phases import Phase
+from cifar_jax.plan import Plan, make_plan
+from cifar_jax.pretrained.load import Loaded
+from cifar_jax.recipe import Recipe
+from cifar_jax.state import TrainState, create_state, model_leaves
+from cifar_jax.structures import CreateModel, describe_groups, make_structures
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run starts from, before its workdir is touched."""
+
+    config: dict[str, Any]
+    data: Dataset
+    splits: dict[str, Split]
+    inputs: dict[str, Split]  # the splits' rows of what the model reads: images, or features
+    plan: Plan
+    schedule: optax.Schedule  # of steps
+    optimizer: OptimizerConfig
+    structures: dict[Phase, nnx.GraphDef]
+    template: TrainState  # shapes and dtypes only: drawing a ResNet-50 takes seconds
+    create: Callable[[], TrainState]
+    pretrained: Callable[[], Loaded | None]
+    features: dict[str, Any] | None = None  # what the features depend on, if they are the inputs
+    checkpoints: str = "."  # where in the workdir
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what a checkpoint must share with the run that goes on from it."""
+        return {
+            "config": self.config,
+            "splits_sha256": fingerprint(self.splits),
+            "data_sha256": self.data.sha256,
+        }
+
+
+def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
+    """Finds the images and plans the run; nothing is written, and no weights are drawn or read.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      model: creates what is trained, from `config.model`.
+
+    Raises:
+      UserError: without the images, or for numbers that do not fit them.
+    """
+    data = load(config["data"]["source"], config["data"]["directory"])
+    splits = make_splits(
+        data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
+    )
+    for key in ("batch_size", "eval_batch_size"):
+        check_batch_size(config[key], key=key)
+    plan = make_plan(config, train_count=len(splits["train"]))
+    optimizer = OptimizerConfig(**config["optimizer"])
+    steps_an_update = optimizer.accumulate
+    schedule = make_schedule(
+        optimizer.learning_rate,
+        name=config["schedule"]["name"],
+        warmup=plan.warmup // steps_an_update,
+        steps=plan.total // steps_an_update,
+        final_fraction=config["schedule"]["final_fraction"],
+    )
+    update, recipe = make_optimizer(optimizer, schedule), Recipe.of(config)
+
+    def create():
+        return create_state(model(config["model"]), update, seed=config["seed"], recipe=recipe)
+
+    template = jax.eval_shape(create)
+    return Setup(
+        config=config,
+        data=data,
+        splits=splits,
+        inputs=splits,
+        plan=plan,
+        schedule=lambda step: schedule(step // steps_an_update),
+        optimizer=optimizer,
+        structures=make_structures(model, config, plan.phases),
+        template=template,
+        create=create,
+        pretrained=lambda: load_initial_weights(
+            model_leaves(template.parts), config["model"], tell=tell
+        ),
+    )
+
+
+def title(setup: Setup) -> str:
+    """Returns the title of the run's figure."""
+    config, data = setup.config, setup.data
+    sample = f"; SAMPLE of {len(data.train_images):,} images" if data.is_sample else ""
+    model = config["model"]["name"] + (", frozen backbone" if setup.features else "")
+    return f"{model} on CIFAR-10, {config['data']['protocol']} splits{sample}"
+
+
+def describe_start(setup: Setup, *, step: int) -> str:
+    """Returns what is said at the start: images, devices, and what learns."""
+    plan, splits = setup.plan, setup.splits
+    sizes = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
+    left_out = len(splits["train"]) - plan.steps_per_epoch * plan.batch_size
+    sample = "the small SAMPLE of CIFAR-10; " if setup.data.is_sample else ""
+    return (
+        f"{sample}images: {sizes}; {plan.steps_per_epoch} steps an epoch, {left_out} images left "
+        f"out of each; {jax.device_count()} {jax.devices()[0].device_kind} device(s); "
+        f"starting after step {step} of {plan.total}" + _describe_learning(setup)
+    )
+
+
+def _describe_learning(setup: Setup) -> str:
+    """Says which layers learn at which rate, where that is not the same for all."""
+    plain = len(setup.plan.phases) == 1 and not setup.plan.phases[0].frozen
+    if plain and not has_groups(setup.optimizer):
+        return ""
+    return "\n" + describe_groups(setup.template.parts, setup.optimizer, setup.plan.phases)

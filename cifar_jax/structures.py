@@ -1,0 +1,88 @@
+"""What a model is in each phase of a run, and which of its parameters learn at what rate."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from cifar_jax.errors import UserError
+from cifar_jax.models.batch_norm import BatchNorm
+from cifar_jax.optim import GROUPS, OptimizerConfig, group_of, rate_of
+from cifar_jax.phases import FREEZE, Phase
+from cifar_jax.recipe import is_frozen
+from cifar_jax.state import model_leaves, split_model
+
+CreateModel = Callable[[Mapping[str, Any]], nnx.Module]  # of `config.model`
+
+
+def make_structures(
+    create: CreateModel, config: Mapping[str, Any], phases: tuple[Phase, ...]
+) -> dict[Phase, nnx.GraphDef]:
+    """Returns the model's structure in each phase: same arrays, other sizes and frozen norms.
+
+    Args:
+      create: the model of a `config.model`.
+      config: as `config.to_dict` gives it.
+      phases: of the run.
+
+    Raises:
+      UserError: for a pattern that no parameter has in its name, or where none is left to train.
+    """
+    return {phase: _structure(create, config, phase) for phase in phases}
+
+
+def _structure(create: CreateModel, config: Mapping[str, Any], phase: Phase) -> nnx.GraphDef:
+    model_config = {**config["model"], "upsampling": phase.upsampling}
+    model = nnx.eval_shape(lambda: create(model_config))
+    _check_patterns(model, phase)
+    if config["freeze"]["batch_norm"] == "frozen":
+        for path, module in nnx.iter_modules(model):
+            name = ".".join(map(str, (*path, "scale")))
+            if isinstance(module, BatchNorm) and is_frozen(name, phase.frozen):
+                module.frozen = True
+    return split_model(model)[0]
+
+
+def _check_patterns(model: nnx.Module, phase: Phase) -> None:
+    names = _parameters(split_model(model)[1])
+    found = f'config.{FREEZE} has "{{}}"'
+    for pattern in phase.frozen:
+        if not any(is_frozen(name, [pattern]) for name in names):
+            raise UserError(
+                f"{found.format(pattern)}, which is in no name such as {next(iter(names))}"
+            )
+    if all(is_frozen(name, phase.frozen) for name in names):
+        raise UserError(f"{found.format(' '.join(phase.frozen))}, which leaves nothing to train")
+
+
+def describe_groups(
+    parts: Mapping[str, Any], optimizer: OptimizerConfig, phases: tuple[Phase, ...]
+) -> str:
+    """Says what learns, in numbers: a line a phase.
+
+    Args:
+      parts: of the model, as `split_model` gives them.
+      optimizer: which has the groups' rates.
+      phases: of the run.
+    """
+    return "\n".join(_describe(_parameters(parts), optimizer, phase) for phase in phases)
+
+
+def _describe(sizes: Mapping[str, int], optimizer: OptimizerConfig, phase: Phase) -> str:
+    learning = dict.fromkeys(GROUPS, 0)
+    frozen = 0
+    for name, size in sizes.items():
+        if is_frozen(name, phase.frozen):
+            frozen += size
+        else:
+            learning[group_of(name)] += size
+    rates = ", ".join(
+        f"{group} {count:,} at {rate_of(group, optimizer):g}"
+        for group, count in learning.items()
+        if count
+    )
+    return f"{phase.describe()}; parameters and shares of the rate: {rates}; frozen {frozen:,}"
+
+
+def _parameters(parts: Mapping[str, Any]) -> dict[str, int]:
+    return {name: leaf.size for name, leaf in model_leaves({"params": parts["params"]}).items()}

@@ -1,0 +1,194 @@
+"""Augmentation on the device, against Pillow and NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+
+from cifar_jax.augment import Augment, augment, cutmix, mixup, pad_and_crop, random_flip
+from cifar_jax.trivial_augment import OPERATIONS, trivial_augment
+
+
+@pytest.fixture(scope="module")
+def images(sample):
+    return sample.train_images[:8]
+
+
+def keys(count, seed=0):
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def enhance(kind):
+    return lambda image, strength: kind(image).enhance(1 + 0.99 * strength)
+
+
+def transform(matrix):
+    """Pillow's matrix is about the corner; ours, a function of the strength, about the centre."""
+
+    def apply(image, strength):
+        a, b, x, d, e, y = matrix(strength)
+        x, y = x + 16 - a * 16 - b * 16, y + 16 - d * 16 - e * 16
+        return image.transform((32, 32), Image.Transform.AFFINE, (a, b, x, d, e, y))
+
+    return apply
+
+
+def turn(strength):
+    angle = np.deg2rad(135 * strength)
+    return np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0
+
+
+PILLOW = {
+    "identity": lambda image, strength: image,
+    "shear_x": transform(lambda s: (1, -0.99 * s, 0, 0, 1, 0)),
+    "shear_y": transform(lambda s: (1, 0, 0, -0.99 * s, 1, 0)),
+    "translate_x": transform(lambda s: (1, 0, -int(32 * s), 0, 1, 0)),
+    "translate_y": transform(lambda s: (1, 0, 0, 0, 1, -int(32 * s))),
+    "rotate": transform(turn),
+    "brightness": enhance(ImageEnhance.Brightness),
+    "color": enhance(ImageEnhance.Color),
+    "contrast": enhance(ImageEnhance.Contrast),
+    "sharpness": enhance(ImageEnhance.Sharpness),
+    "posterize": lambda image, s: ImageOps.posterize(image, 8 - round(6 * abs(s))),
+    "solarize": lambda image, s: ImageOps.solarize(image, 255 * (1 - abs(s))),
+    "autocontrast": lambda image, s: ImageOps.autocontrast(image),
+    "equalize": lambda image, s: ImageOps.equalize(image),
+}
+
+
+def test_every_operation_is_compared():
+    assert PILLOW.keys() == OPERATIONS.keys()
+
+
+@pytest.mark.parametrize("strength", [-29 / 30, -0.4, 0.0, 0.3, 29 / 30])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operation_is_pillows(images, name, strength):
+    """Up to Pillow's rounding to whole values, twice where it first rounds what it blends with.
+
+    A pixel that an affine map takes from the border of two may be the other one.
+    """
+    ours = jax.jit(jax.vmap(OPERATIONS[name], in_axes=(0, None)))(
+        images.astype(np.float32), jnp.float32(strength)
+    )
+    theirs = [np.asarray(PILLOW[name](Image.fromarray(x), strength)) for x in images]
+    difference = np.abs(np.asarray(ours) - np.stack(theirs))
+    geometric = name.startswith(("shear", "translate", "rotate"))
+    if geometric:
+        assert np.mean(difference > 0) < 0.005
+    else:
+        assert difference.max() <= 2
+
+
+def test_strength_changes_what_it_should(images):
+    """Else the comparison above would hold for operations that do nothing."""
+    still = {"identity", "autocontrast", "equalize"}
+    for name, operation in OPERATIONS.items():
+        image = jnp.asarray(images[0], jnp.float32)
+        weak, strong = (np.asarray(operation(image, jnp.float32(s))) for s in (0.1, 1.0))
+        assert (name in still) == np.array_equal(weak, strong), name
+
+
+def test_every_operation_is_drawn(images):
+    """2,000 draws of one image: each operation moves it as often as chance has it."""
+    image = images[0].astype(np.float32)
+    drawn = np.asarray(jax.jit(jax.vmap(trivial_augment, (0, None)))(keys(2000), image))
+    unchanged = np.mean([np.array_equal(x, image) for x in drawn])
+    # Identity alone is 1/14; strength 0 adds 1/31 of the rest, and some draws move nothing.
+    assert 1 / 14 < unchanged < 0.25
+    assert len({x.tobytes() for x in drawn}) > 300
+
+
+def test_crop_moves_and_fills_with_zeros(images):
+    cropped = jax.vmap(pad_and_crop, (0, 0, None))(keys(8), images, 4)
+    places = set()
+    for image, found in zip(images, np.asarray(cropped), strict=True):
+        padded = np.pad(image, ((4, 4), (4, 4), (0, 0)))
+        fits = [
+            (i, j) for i, j in np.ndindex(9, 9) if (padded[i : i + 32, j : j + 32] == found).all()
+        ]
+        assert len(fits) == 1
+        places.add(fits[0])
+    assert len(places) > 4
+
+
+def test_flip_mirrors_every_second_image(images):
+    image = images[0]
+    flipped = np.asarray(jax.vmap(random_flip, (0, None))(keys(1000), image))
+    mirrored = (flipped == image[:, ::-1]).all((1, 2, 3))
+    assert ((flipped == image).all((1, 2, 3)) ^ mirrored).all()
+    assert 0.45 < mirrored.mean() < 0.55
+
+
+def examples(images):
+    return images.astype(np.float32), np.eye(10, dtype=np.float32)[np.arange(8)]
+
+
+def test_mixup_blends_pixels_and_labels_alike(images):
+    pixels, labels = examples(images)
+    for key in keys(5):
+        image, target = mixup(key, (pixels[0], labels[0]), (pixels[1], labels[1]), 0.5)
+        share = float(target[0])
+        assert 0 <= share <= 1 and float(target[1]) == pytest.approx(1 - share)
+        np.testing.assert_allclose(image, share * pixels[0] + (1 - share) * pixels[1], atol=1e-3)
+
+
+def test_cutmix_replaces_one_rectangle_and_counts_it(images):
+    pixels, labels = examples(images)
+    for key in keys(20):
+        image, target = cutmix(key, (pixels[0], labels[0]), (pixels[1], labels[1]), 1.0)
+        image = np.asarray(image)
+        other, own = ((image == pixels[i]).all(-1) for i in (1, 0))
+        assert (other | own).all()
+        replaced = ~own
+        rows, columns = replaced.any(1), replaced.any(0)
+        # Equal pixels of both images aside, the replaced ones fill their rectangle.
+        assert (other[np.ix_(rows, columns)]).all()
+        assert float(target[1]) == pytest.approx(np.outer(rows, columns).mean(), abs=0.02)
+
+
+def test_shares_are_those_of_beta(images):
+    """Mean and variance of 4,000 mixup shares: 1/2 and 1 / (4 (2 alpha + 1))."""
+    pixel, own, other = np.zeros((1, 1, 3), np.float32), *np.eye(2, dtype=np.float32)
+    mixed = jax.vmap(lambda key: mixup(key, (pixel, own), (pixel, other), 0.2)[1][0])(keys(4000))
+    assert float(mixed.mean()) == pytest.approx(0.5, abs=0.03)
+    assert float(mixed.var()) == pytest.approx(1 / (4 * 1.4), rel=0.1)
+
+
+ALL = Augment(flip=True, crop_padding=4, policy="trivial", mixup=0.2, cutmix=1.0)
+
+
+def test_nothing_asked_for_is_nothing_done(images):
+    labels = np.arange(8, dtype=np.int32)
+    assert augment(images, labels, keys(8), Augment()) == (images, labels)
+
+
+def test_an_example_depends_on_its_own_key(images):
+    """Another batch around it changes nothing, mixing aside."""
+    config = Augment(flip=True, crop_padding=4, policy="trivial")
+    labels = np.arange(8, dtype=np.int32)
+    whole, _ = augment(images, labels, keys(8), config)
+    part, _ = augment(images[3:5], labels[3:5], keys(8)[3:5], config)
+    np.testing.assert_array_equal(whole[3:5], part)
+    assert not np.array_equal(whole, augment(images, labels, keys(8, seed=1), config)[0])
+
+
+@pytest.mark.parametrize("config", [ALL, Augment(mixup=0.2), Augment(cutmix=1.0)], ids=str)
+def test_devices_change_no_pixel(images, config):
+    """Under pmap the partner of a device's last example lies on the next one."""
+    labels = np.arange(8, dtype=np.int32)
+    whole = augment(images, labels, keys(8), config)
+
+    def share(x):
+        return x.reshape(4, 2, *x.shape[1:])
+
+    mapped = jax.pmap(
+        lambda x, y, k: augment(x, y, k, config, axis_name="data"),
+        axis_name="data",
+        devices=jax.devices()[:4],
+    )(share(images), share(labels), share(keys(8)))
+    for found, expected in zip(mapped, whole, strict=True):
+        np.testing.assert_allclose(
+            np.reshape(found, expected.shape), expected, rtol=1e-5, atol=1e-3
+        )
+        assert expected.dtype == jnp.float32

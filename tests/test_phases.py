@@ -1,0 +1,133 @@
+"""Phases: which layers are frozen and how large the images are, from which step on."""
+
+import numpy as np
+import pytest
+
+from cifar_jax import config as configuration
+from cifar_jax.checkpoint import read_checkpoint
+from cifar_jax.errors import UserError
+from cifar_jax.evaluate import evaluate
+from cifar_jax.models import resnet50 as network
+from cifar_jax.phases import Phase, make_phases
+from cifar_jax.train import train_and_evaluate
+from cifar_jax.trained import load_trained
+from configs import mlp, resnet50_laptop
+
+
+def phases(freeze="", progressive="", total=100):
+    config = {"freeze": {"layers": freeze}, "progressive": progressive, "model": {"upsampling": 4}}
+    return make_phases(config, steps_per_epoch=10, total=total)
+
+
+def test_a_run_without_phases_has_one():
+    assert phases() == [Phase(0, 4, ())]
+
+
+def test_both_texts_cut_the_run():
+    found = phases("backbone until 1 epoch, stem stage? until 35 steps", "2 until 2 epochs")
+    assert found == [
+        Phase(0, 2, ("backbone",)),
+        Phase(10, 2, ("stem", "stage?")),
+        Phase(20, 4, ("stem", "stage?")),
+        Phase(35, 4, ()),
+    ]
+
+
+def test_without_an_end_it_is_the_whole_run():
+    assert phases("stem") == [Phase(0, 4, ("stem",))]
+    assert phases(progressive="2 until 20 epochs") == [Phase(0, 2, ())]
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "expected"),
+    [
+        ("freeze.layers", "stem, stage1 until 2 epochs", "only the last may have no end"),
+        ("freeze.layers", "until 2 epochs", 'expected parts such as "NAMES until 2 epochs"'),
+        ("freeze.layers", "stem until noon", 'expected a number and its unit, such as "10 epochs"'),
+        ("progressive", "9 until 1 epoch", "expected upsamplings of 1 to 8"),
+        ("progressive", "2", "expected upsamplings of 1 to 8"),
+        ("progressive", "2 4 until 1 epoch", "expected upsamplings of 1 to 8"),
+    ],
+)
+def test_a_wrong_text_is_told_by_its_key(key, text, expected):
+    config = resnet50_laptop.get_config()
+    config.update_from_flattened_dict({key: text})
+    with pytest.raises(UserError, match=expected) as caught:
+        configuration.check(config)
+    assert f"config.{key}" in str(caught.value)
+
+
+def test_only_a_pooled_head_takes_several_sizes():
+    config = mlp.get_config()
+    config.progressive = "2 until 1 epoch"
+    with pytest.raises(UserError, match='config.model.head "pooled"'):
+        configuration.check(config)
+
+
+def test_ends_that_do_not_grow_are_told():
+    with pytest.raises(UserError, match="expected ends that grow"):
+        phases("stem until 3 epochs, stage1 until 3 epochs")
+
+
+@pytest.fixture
+def config(monkeypatch):
+    """A small ResNet on a few images: frozen backbone, then half of it, at 32 px, then 64 px."""
+    monkeypatch.setattr(network, "STAGE_BLOCKS", (1, 1, 1, 1))
+    config = resnet50_laptop.get_config()
+    config.data.source, config.model.pretrained = "sample", "none"
+    config.batch_size, config.eval_batch_size, config.train_for = 32, 80, "8 steps"
+    config.evaluate_every = config.log_every = config.checkpoint_every = "4 steps"
+    config.schedule.warmup = "0 steps"
+    config.model.upsampling, config.progressive = 2, "1 until 4 steps"
+    config.freeze.layers = "backbone until 2 steps, stem stage1 until 6 steps"
+    config.optimizer.head_rate, config.optimizer.layer_decay = 3.0, 0.8
+    config.ema_decay, config.model.test_time_flip, config.augment.flip = 0.5, True, True
+    return config
+
+
+def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
+    whole = train_and_evaluate(config, tmp_path)
+    told = capfd.readouterr().err
+    assert "from step 0: upsampling x1, frozen: backbone; parameters" in told
+    assert "head 20,490 at 3, stage4" in told and "at 0.8" in told
+    for step, size in ((2, 1), (4, 2), (6, 2)):
+        assert told.count(f"from step {step}: upsampling x{size}") == 2  # the plan, and then it
+    assert [each["step"] for each in whole.rows if each["event"] == "evaluation"] == [4, 8]
+    # A reader of the checkpoint has the averages and the last size.
+    trained = load_trained(tmp_path)
+    assert trained.model.upsampling == 2 and trained.model.test_time_flip
+    again = evaluate(tmp_path, split="test", checkpoint="latest")
+    assert again["accuracy"] == pytest.approx(whole.record["result"]["test_accuracy"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [1, 4, 5])
+def test_a_run_resumed_in_any_phase_ends_the_same(config, tmp_path, at):
+    """Stopped in the first phase, at an edge with its evaluation, and in the third phase."""
+    config.schedule.name, config.checkpoint_every = "constant", "1 step"
+    stopped = config.copy_and_resolve_references()
+    stopped.train_for = f"{at} steps"
+    train_and_evaluate(config, tmp_path / "whole")
+    train_and_evaluate(stopped, tmp_path / "parts")
+    train_and_evaluate(config, tmp_path / "parts")
+    end, again = (read_checkpoint(tmp_path / each, 8)[0] for each in ("whole", "parts"))
+    assert end.keys() == again.keys()
+    assert all(np.array_equal(end[name], again[name]) for name in end)
+
+
+def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):
+    config.freeze.layers = "stage9 until 2 steps"
+    with pytest.raises(UserError, match='config.freeze.layers has "stage9", which is in no name'):
+        train_and_evaluate(config, tmp_path)
+    config.freeze.layers = "stage head stem"
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        train_and_evaluate(config, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_test_split_can_be_left_unread(small_config, tmp_path):
+    small_config.test = False
+    record = train_and_evaluate(small_config, tmp_path).record
+    assert not record.get("result") and not record.get("test_reads")
+    small_config.test = True
+    assert train_and_evaluate(small_config, tmp_path).record["result"]["test_count"] == 400

@@ -1,0 +1,209 @@
+"""What a step does beside model and optimizer, each against an independent computation."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+from cifar_jax.augment import Augment
+from cifar_jax.losses import cross_entropy
+from cifar_jax.models import resnet50 as network
+from cifar_jax.models.mlp import MLP
+from cifar_jax.models.transfer import TransferClassifier
+from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
+from cifar_jax.phases import Phase
+from cifar_jax.recipe import Recipe
+from cifar_jax.state import create_state, named_leaves
+from cifar_jax.steps import eval_step, train_step
+from cifar_jax.structures import make_structures
+from tests.test_optim import BASE
+
+SGD = dataclasses.replace(BASE, name="sgd", learning_rate=0.1)
+MORE = [pytest.param(name, marks=pytest.mark.slow) for name in ("rmsprop", "sgd")]
+BACKBONE = "stem stage1 stage2 stage3 stage4".split()
+
+
+def optimizer_of(config: OptimizerConfig):
+    return make_optimizer(config, optax.constant_schedule(config.learning_rate))
+
+
+def mlp_state(recipe=Recipe(), config=SGD):  # noqa: B008
+    model = MLP(hidden_sizes=(8,), rngs=nnx.Rngs(0))
+    return create_state(model, optimizer_of(config), seed=0, recipe=recipe)
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """One block a stage, so that it compiles in seconds."""
+    monkeypatch.setattr(network, "STAGE_BLOCKS", (1, 1, 1, 1))
+
+
+def create_small(config):
+    return TransferClassifier(
+        "torchvision",
+        head="pooled",
+        dropout=0.0,
+        upsampling=config["upsampling"],
+        rngs=nnx.Rngs(0),
+    )
+
+
+def transfer_state(frozen=(), batch_norm="frozen", config=SGD, recipe=Recipe()):  # noqa: B008
+    phase = Phase(0, 1, tuple(frozen))
+    settings = {"model": {"upsampling": 1}, "freeze": {"batch_norm": batch_norm}}
+    structure = make_structures(create_small, settings, (phase,))[phase]
+    state = create_state(create_small({"upsampling": 1}), optimizer_of(config), seed=0)
+    return state.replace(
+        graphdef=structure, recipe=dataclasses.replace(recipe, frozen=phase.frozen)
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_pytorchs(smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(6, 10)).astype("f"), rng.integers(0, 10, 6)
+    mixed = rng.dirichlet(np.ones(10), 6).astype("f")
+    theirs = torch.nn.CrossEntropyLoss(label_smoothing=smoothing, reduction="none")
+    for targets in (labels, mixed):
+        ours = cross_entropy(jnp.asarray(logits), jnp.asarray(targets), smoothing=smoothing)
+        expected = theirs(torch.tensor(logits), torch.tensor(targets))
+        np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_averages_follow_weights_and_statistics(batch, small_network):
+    """Five steps, against the sums written out; what is evaluated is the average."""
+    state = transfer_state(recipe=Recipe(ema_decay=0.3))
+    state = state.start_from(state.parts)
+    expected = {name: np.array(x) for name, x in named_leaves(state.parts).items()}
+    step = jax.jit(train_step)
+    for number in range(1, 6):
+        state, _ = step(state, batch(0, 8))
+        decay = min(0.3, (1 + number) / (10 + number))
+        for name, new in named_leaves(state.parts).items():
+            expected[name] = decay * expected[name] + (1 - decay) * np.asarray(new)
+    for name, found in named_leaves(state.ema).items():
+        np.testing.assert_allclose(found, expected[name], rtol=2e-5, atol=1e-6, err_msg=name)
+    images = batch(8, 8) | {"mask": np.ones(8, bool)}
+    evaluate = jax.jit(eval_step)
+    of_average = evaluate(state.replace(**state.ema, ema={}), images)
+    assert evaluate(state, images).loss == of_average.loss
+    assert evaluate(state.replace(ema={}), images).loss != of_average.loss
+
+
+def test_accumulated_steps_are_one_of_the_big_batch(batch):
+    """The MLP has no batch statistics: the mean of the gradients of parts is that of the whole."""
+    whole, _ = train_step(mlp_state(), batch(0, 24))
+    parts = mlp_state(config=dataclasses.replace(SGD, accumulate=3))
+    start = parts.params
+    for number in range(3):
+        assert number == 0 or jax.tree.all(jax.tree.map(np.array_equal, parts.params, start))
+        parts, _ = train_step(parts, batch(8 * number, 8))
+    for found, expected in zip(*map(jax.tree.leaves, (parts.params, whole.params)), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_augmented_and_mixed_images_are_what_is_trained_on(batch):
+    """With nothing left of the image but its partner's, a step is that of the partners."""
+    plain, _ = train_step(mlp_state(), batch(0, 8))
+    recipe = Recipe(augment=Augment(cutmix=1.0, flip=True))
+    mixed, metrics = train_step(mlp_state(recipe), batch(0, 8))
+    assert int(metrics.count) == 8 and np.isfinite(metrics.loss)
+    assert not jax.tree.all(jax.tree.map(np.array_equal, plain.params, mixed.params))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", *MORE])
+def test_groups_learn_at_their_rates(small_network, batch, optimizer):
+    """The first update of a group, over that without groups, is its share of the rate."""
+    config = dataclasses.replace(SGD, name=optimizer, learning_rate=1e-3, weight_decay=0.1)
+    groups = dataclasses.replace(config, head_rate=3.0, layer_decay=0.5)
+    moves = []
+    for each in (config, groups):
+        before = transfer_state(config=each)
+        after, _ = jax.jit(train_step)(before, batch(0, 8))
+        leaves = zip(
+            named_leaves(before.params).items(), named_leaves(after.params).values(), strict=True
+        )
+        moves.append({name: np.asarray(new) - np.asarray(old) for (name, old), new in leaves})
+    shares = dict(zip(["head", "stage4", "stage3", "stage2", "stage1", "stem"],
+                      [3.0, 0.5, 0.25, 0.125, 0.0625, 0.03125], strict=True))  # fmt: skip
+    for name, plain in moves[0].items():
+        share = next(value for group, value in shares.items() if group in name)
+        # Differences of float32 numbers of size 1: 1e-7 of those.
+        np.testing.assert_allclose(moves[1][name], share * plain, rtol=1e-3, atol=3e-7)
+
+
+@pytest.mark.parametrize("batch_norm", ["frozen", "train"])
+@pytest.mark.parametrize("optimizer", ["adamw", *MORE])
+def test_frozen_layers_do_not_move_by_a_bit(small_network, batch, batch_norm, optimizer):
+    """Nor do their statistics, unless asked to; momentum and weight decay included."""
+    config = dataclasses.replace(SGD, name=optimizer, momentum=0.9, weight_decay=0.1)
+    before = transfer_state(("stem", "stage1", "stage3.block1.norm2"), batch_norm, config)
+    after = before
+    for _ in range(2):
+        after, _ = jax.jit(train_step)(after, batch(0, 8))
+
+    def moved(part):
+        pair = (named_leaves(getattr(state, part)).items() for state in (before, after))
+        return {
+            name
+            for (name, old), (_, new) in zip(*pair, strict=True)
+            if not np.array_equal(old, new)
+        }
+
+    def is_frozen(name):
+        return any(each in name for each in ("stem", "stage1", "stage3.block1.norm2"))
+
+    params = set(named_leaves(before.params))
+    assert moved("params") == {name for name in params if not is_frozen(name)}
+    statistics = set(named_leaves(before.batch_stats))
+    still = {name for name in statistics if is_frozen(name)} if batch_norm == "frozen" else set()
+    assert still or batch_norm == "train"
+    assert moved("batch_stats") == statistics - still
+
+
+def test_what_is_frozen_costs_no_gradient(small_network, batch):
+    """Work of the compiled step falls as more from the front is frozen, to about a third."""
+    flop = []
+    for count in (0, 2, 4, 5):
+        state = transfer_state(BACKBONE[:count])
+        compiled = jax.jit(train_step).lower(state, batch(0, 8)).compile()
+        flop.append(compiled.cost_analysis()["flops"])
+    assert flop == sorted(flop, reverse=True)
+    assert flop[-1] < 0.4 * flop[0]
+
+
+def test_a_linear_schedule_falls_in_a_line():
+    rate = make_schedule(0.4, name="linear", warmup=10, steps=110, final_fraction=0.1)
+    found = [float(rate(k)) for k in (0, 5, 10, 60, 110, 200)]
+    assert found == pytest.approx([0.0, 0.2, 0.4, 0.22, 0.04, 0.04])
+
+
+@nnx.jit(static_argnames="train")
+def answer(model, images, train=False):
+    return model(images, train=train)
+
+
+def test_test_time_flip_averages_over_image_and_mirror(small_network, batch):
+    images = batch(0, 4)["image"]
+    plain = create_small({"upsampling": 1})
+    flipping = create_small({"upsampling": 1})
+    flipping.test_time_flip = True
+    expected = (answer(plain, images) + answer(plain, images[:, :, ::-1])) / 2
+    np.testing.assert_allclose(answer(flipping, images), expected, rtol=1e-5)
+    train = functools.partial(answer, train=True)
+    np.testing.assert_array_equal(train(flipping, images), train(plain, images))
+
+
+@pytest.mark.parametrize("upsampling", [3, pytest.param(7, marks=pytest.mark.slow)])
+def test_odd_nearest_upsampling_repeats_pixels(small_network, batch, upsampling):
+    images = batch(0, 2)["image"]
+    model = create_small({"upsampling": upsampling})
+    large = np.kron(images, np.ones((1, upsampling, upsampling, 1)))
+    one = create_small({"upsampling": 1})
+    np.testing.assert_allclose(answer(model, images), answer(one, large), rtol=1e-5, atol=1e-5)
