@@ -11,41 +11,52 @@ from flax import nnx
 
 from cifar_jax.checkpoint import digest
 from cifar_jax.models.registry import create_model
+from cifar_jax.models.resnet50 import EXPANSION, PARTS, STAGE_WIDTHS
+from cifar_jax.models.transfer import keep_parts
 from cifar_jax.parallel import JitExecution
-from cifar_jax.pretrained.names import FEATURES
 from cifar_jax.state import MODEL_PARTS, model_leaves, split_model
 
 PREFIX = "backbone."
-# By head: where the network is cut. A pooled head takes the mean first: so it is the mean that is
-# kept, as maps of one pixel, whose mean is itself.
-CUTS = {"pooled": "pooled", "flatten": "stage4"}
 _IN_MODEL_CONFIG = ("variant", "preprocessing", "upsampling", "interpolation", "compute_dtype")
 
 
 class Backbone:
-    """The backbone of a transfer model, in evaluation mode."""
+    """The backbone of a transfer model up to a part, in evaluation mode."""
 
-    def __init__(self, config: Mapping[str, Any], values: Mapping[str, np.ndarray]):
+    def __init__(
+        self, config: Mapping[str, Any], values: Mapping[str, np.ndarray], part: str = PARTS[-1]
+    ):
         """Takes the weights; nothing is computed.
 
         Args:
             config: `config.model` of a transfer model.
-            values: its parameters and statistics by name; those of the backbone are taken.
+            values: its parameters and statistics by name; those up to `part` are taken.
+            part: the last one that is computed, a name in `resnet50.PARTS`.
         """
-        self.values = {name: x for name, x in values.items() if name.startswith(PREFIX)}
+        self.part = part
+        self._kept = PARTS[: PARTS.index(part) + 1]
+        prefixes = tuple(PREFIX + name for name in self._kept)
+        self.values = {name: x for name, x in values.items() if name.startswith(prefixes)}
         self._config = config
-        self._cut = CUTS[config["head"]]
+        # Of the last maps a pooled head takes the mean: so it is the mean that is kept, as maps of
+        # one pixel, whose mean is itself.
+        self._is_pooled = (config["head"], part) == ("pooled", PARTS[-1])
 
     def key(self) -> dict[str, Any]:
         """Returns what the features depend on, the images and the precision aside."""
         fields = {name: self._config[name] for name in _IN_MODEL_CONFIG}
         # Of the numbers, not of a file: two files with the same numbers give the same features.
-        return {"cut": self._cut, "weights_sha256": digest(self.values, {}), **fields}
+        cut = "pooled" if self._is_pooled else self.part
+        return {"cut": cut, "weights_sha256": digest(self.values, {}), **fields}
 
     def shape(self, images: np.ndarray) -> tuple[int, ...]:
         """Returns the shape [N, h, w, C] of the features of images [N, 32, 32, 3]."""
-        side = 1 if self._cut == "pooled" else self._config["upsampling"]
-        return (len(images), side, side, FEATURES)
+        number = PARTS.index(self.part)
+        channels = EXPANSION * STAGE_WIDTHS[number - 1] if number else STAGE_WIDTHS[0]
+        # Strides make 4 up to stage 1, and 2 in each stage behind it.
+        side = 32 * self._config["upsampling"] // (4 * 2 ** max(number - 1, 0))
+        side = 1 if self._is_pooled else side
+        return (len(images), side, side, channels)
 
     def features(self, images: np.ndarray, start: int, *, batch_size: int) -> Iterator[np.ndarray]:
         """Yields the features of the images from `start` on, float32 [at most batch_size, h, w, C].
@@ -69,7 +80,7 @@ class Backbone:
     @functools.cached_property
     def _program(self) -> Callable[[np.ndarray], jax.Array]:
         def create():
-            model = create_model(self._config, seed=0)
+            model = keep_parts(create_model(self._config, seed=0), self._kept)
             model.head = None
             return model
 
@@ -83,8 +94,8 @@ class Backbone:
         @jax.jit
         def compute(parts, images):
             model = nnx.merge(graphdef, *(parts[part] for part in MODEL_PARTS))
-            maps = model.backbone_maps(images, train=False)
-            features = maps.mean((1, 2), keepdims=True) if self._cut == "pooled" else maps
+            maps = model.backbone_maps(images, train=False, part=self.part)
+            features = maps.mean((1, 2), keepdims=True) if self._is_pooled else maps
             return features.astype(jnp.float32)
 
         return lambda images: compute(parts, jax.device_put(images, execution.batch_sharding))

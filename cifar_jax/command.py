@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
@@ -19,8 +19,18 @@ if TYPE_CHECKING:  # it imports JAX, for which `--help` does not wait
     from cifar_jax.train import Result
 
 
-def define_flags() -> flags.FlagValues:
-    """Returns the command's flags, not yet parsed."""
+SWITCHES = {
+    "profile": "Write a trace of a few steps to WORKDIR/profile.",
+    "test": "Read the test split too.",
+}
+
+
+def define_flags(names: Collection[str]) -> flags.FlagValues:
+    """Returns the flags of a command that has a configuration, not yet parsed.
+
+    Args:
+      names: of them.
+    """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -29,31 +39,35 @@ def define_flags() -> flags.FlagValues:
         lock_config=True,
         flag_values=values,
     )
-    flags.DEFINE_string(
-        "workdir",
-        None,
-        "Folder for checkpoints, metrics, figure and record; a run found there goes on.",
-        flag_values=values,
-    )
-    flags.DEFINE_bool(
-        "profile", False, "Write a trace of a few steps to WORKDIR/profile.", flag_values=values
-    )
+    if "workdir" in names:
+        flags.DEFINE_string(
+            "workdir",
+            None,
+            "Folder for checkpoints, metrics, figure and record; a run found there goes on.",
+            flag_values=values,
+        )
+    for name in SWITCHES.keys() & set(names):
+        flags.DEFINE_bool(name, False, SWITCHES[name], flag_values=values)
     flags.DEFINE_bool("help", False, "Show this.", short_name="h", flag_values=values)
     return values
 
 
-def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
+def parse_flags(
+    doc: str, examples: Mapping[str, str], *, switch: str = "profile"
+) -> flags.FlagValues:
     """Parses `sys.argv` (where ml_collections looks too); `--help` is answered here.
 
     Args:
       doc: what the command does, for `--help`.
       examples: a value for each flag that must be there.
+      switch: the one of SWITCHES that the command has.
 
     Raises:
       UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
     """
     try:
-        values = define_flags()
+        names = [*examples, switch]
+        values = define_flags(names)
         rest = values([_expand_home(argument) for argument in sys.argv])[1:]
         if values.config is not None:
             values.config.keys()  # a file that could not be read says so only when it is used
@@ -62,7 +76,7 @@ def parse_flags(doc: str, examples: Mapping[str, str]) -> flags.FlagValues:
         text = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
         raise UserError(f"{_reason(' '.join(str(text).split()))}; see --help") from error
     if values.help:
-        show_help(values, doc)
+        show_help(values, doc, names)
     if rest:
         raise UserError(f"unexpected argument {rest[0]!r}; every option is --NAME=VALUE")
     for name, example in examples.items():
@@ -88,10 +102,10 @@ def _reason(text: str) -> str:
     return text
 
 
-def show_help(values: flags.FlagValues, doc: str) -> NoReturn:
+def show_help(values: flags.FlagValues, doc: str, names: Sequence[str]) -> NoReturn:
     """Prints what the command does, its flags, and the fields of the configuration if given."""
     print(doc)
-    for name in ("config", "workdir", "profile"):
+    for name in names:
         print(f"--{name}: {values[name].help}")
     if values.config is None:
         print("\nWith --config=FILE, --help lists the fields of that file too.")

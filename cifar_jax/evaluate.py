@@ -77,7 +77,12 @@ def _split_of_run(
 
     config = trained.extra["config"]["data"]
     data = load(config["source"], config["directory"])
-    splits = make_splits(data, protocol=config["protocol"], seed=config["split_seed"])
+    splits = make_splits(
+        data,
+        protocol=config["protocol"],
+        seed=config["split_seed"],
+        images_a_class=config["images_a_class"],
+    )
     found = {"splits_sha256": fingerprint(splits), "data_sha256": data.sha256}
     if any(trained.extra[key] != value for key, value in found.items()):
         raise UserError(f"{workdir} was trained on other images or splits than {data.source} gives")

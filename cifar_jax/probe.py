@@ -1,4 +1,4 @@
-"""A head on the features of a frozen backbone: computed once, trained on like images."""
+"""What follows a frozen part of the backbone: features computed once, trained on like images."""
 
 import dataclasses
 import pathlib
@@ -21,7 +21,7 @@ from cifar_jax.feature_cache import FeatureCache
 from cifar_jax.initial import find_weights, load_initial_weights
 from cifar_jax.lock import locked
 from cifar_jax.models.registry import create_model
-from cifar_jax.models.transfer import HeadClassifier
+from cifar_jax.models.transfer import TailClassifier
 from cifar_jax.parallel import check_devices
 from cifar_jax.recording.progress import Counter
 from cifar_jax.recording.run_record import field, has_run_record, read_run_record
@@ -32,14 +32,15 @@ from cifar_jax.train import Result, run
 from cifar_jax.workdir import check_workdir
 
 HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
-NO_VALUES = (False, 0, "", "none", "frozen")
+PER_STEP = ("progressive", "freeze.layers", "model.test_time_flip")
+NO_VALUES = (False, 0, "", "none")
 FORMAT_VERSION = 1  # of the features: another one makes them anew
 
 
 def train_head(
     config: ml_collections.ConfigDict, workdir: str | pathlib.Path, *, profile: bool = False
 ) -> Result:
-    """Trains, or goes on training, the head of `config.model` on its backbone's features.
+    """Trains, or goes on training, what follows `config.freeze.features` on that part's maps.
 
     Features that are not in `config.data.directory` are computed first. At the end the whole model
     stands in `workdir/checkpoints`, like that of any other run.
@@ -56,29 +57,31 @@ def train_head(
     """
     configuration.check(config)
     plain = configuration.to_dict(config)
-    _check_model(plain)
+    check_features(plain)
     workdir = pathlib.Path(workdir).expanduser().absolute()
     check_devices()
     if not has_checkpoints(workdir / HEAD_FOLDER):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
+
+    part = plain["freeze"]["features"]
 
     def whole_model(config):
         return create_model(config, seed=plain["seed"])
 
     with jax.default_matmul_precision(config.matmul_precision):
         # The head starts as the one in the whole model of this seed does.
-        setup = set_up(plain, lambda config: HeadClassifier(whole_model(config).head))
+        setup = set_up(plain, lambda config: TailClassifier(whole_model(config), part))
         setup = dataclasses.replace(setup, checkpoints=HEAD_FOLDER)
         if features := _features_of_finished(setup, workdir):
             setup = dataclasses.replace(setup, features=features)
             with locked(workdir, setting="--workdir"), StopSignal() as stop:
                 return run(setup, workdir, stop=stop, profile=profile)
-        _, template = split_model(nnx.eval_shape(lambda: whole_model(plain["model"])))
-        setup, backbone = _load_weights(setup, template)
+        template = _template(plain)
+        setup, backbone = load_backbone(setup)
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             # Before features are computed, which may take hours.
             check_workdir(workdir, plain, features=setup.features, checkpoints=HEAD_FOLDER)
-            inputs = _feature_splits(setup, backbone, stop)
+            inputs = feature_splits(setup, backbone, stop)
             if inputs is None:
                 return Result(step=0, stopped_by=stop.received, record={}, rows=[])
             setup = dataclasses.replace(setup, inputs=inputs)
@@ -88,15 +91,24 @@ def train_head(
             return result
 
 
-def _load_weights(setup: Setup, template: Mapping[str, Any]) -> tuple[Setup, Backbone]:
-    """Reads the backbone; adds to the setup the features' key, and a head that the file holds."""
+def _template(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Shapes of the whole model's arrays, by part."""
+    return split_model(nnx.eval_shape(lambda: create_model(config["model"], seed=0)))[1]
+
+
+def load_backbone(setup: Setup) -> tuple[Setup, Backbone]:
+    """Reads the backbone; adds to the setup the features' key, and a head that the file holds.
+
+    Raises:
+      UserError: if the weights are missing, damaged, of another variant, or do not fit.
+    """
     config = setup.config["model"]
-    loaded = load_initial_weights(model_leaves(template), config, tell=tell)
-    head = {name: x for name, x in loaded.values.items() if name.startswith("head.")}
-    backbone = Backbone(config, loaded.values)
+    loaded = load_initial_weights(model_leaves(_template(setup.config)), config, tell=tell)
+    backbone = Backbone(config, loaded.values, setup.config["freeze"]["features"])
+    tail = {name: x for name, x in loaded.values.items() if name not in backbone.values}
     setup = dataclasses.replace(
         setup,
-        pretrained=lambda: dataclasses.replace(loaded, values=head),
+        pretrained=lambda: dataclasses.replace(loaded, values=tail),
         features=feature_key(setup.config, backbone, images_sha256=setup.data.sha256),
     )
     return setup, backbone
@@ -134,10 +146,19 @@ def feature_key(
     }
 
 
-def _check_model(config: Mapping[str, Any]) -> None:
+def check_features(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration whose images have no features that could be kept.
+
+    Args:
+      config: as `config.to_dict` gives it.
+
+    Raises:
+      UserError: naming the key.
+    """
     for key, value in configuration.flatten(config):
-        # Features are those of one size, without augmentation, and the backbone learns nothing.
-        if key.split(".")[0] in ("augment", "progressive", "freeze") and value not in NO_VALUES:
+        # Features are those of one size, without augmentation.
+        is_per_step = key.split(".")[0] == "augment" or key in PER_STEP
+        if is_per_step and value not in NO_VALUES:
             raise UserError(f"config.{key} is {value!r}; features are computed once, without it")
     config = config["model"]
     if config["name"] != "resnet50":
@@ -152,8 +173,15 @@ def _check_model(config: Mapping[str, Any]) -> None:
         )
 
 
-def _feature_splits(setup: Setup, backbone: Backbone, stop: StopSignal) -> dict[str, Split] | None:
-    """Gives the splits with features for images; None if a signal cut their computation short."""
+def feature_splits(setup: Setup, backbone: Backbone, stop: StopSignal) -> dict[str, Split] | None:
+    """Gives the splits with features for images, computed where they are not in the cache.
+
+    Returns:
+      As `setup.splits`, float32 [N, h, w, C]; None if a signal cut their computation short.
+
+    Raises:
+      UserError: damaged features, too small a disk, or a cache in use.
+    """
     data, splits = setup.data, setup.splits
     images = {"train": data.train_images}
     if splits["test"].images is data.test_images:

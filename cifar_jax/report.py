@@ -1,11 +1,11 @@
-"""Compares runs: `python -m cifar_jax.report RUN... [--figure=PNG]`."""
+"""Compares runs: `python -m cifar_jax.report RUN... [--figure=PNG] [--by=minutes]`."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from cifar_jax.errors import UserError, exit_on_user_error
-from cifar_jax.recording.figures import draw_comparison
+from cifar_jax.recording.figures import X_AXES, draw_comparison
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from cifar_jax.recording.run_record import RECORD_NAME, field, read_run_record
 
@@ -141,6 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the --workdir of a run")
     parser.add_argument("--figure", metavar="PNG", help="draw the validation curves there")
+    parser.add_argument("--by", choices=tuple(X_AXES), default="epochs", help="of the figure")
     options = parser.parse_args(arguments)
     with exit_on_user_error():
         if options.figure is not None and Path(options.figure).suffix.lower() != ".png":
@@ -152,7 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(markdown_table(runs))
         if options.figure:
             figure = Path(options.figure).expanduser()
-            draw_comparison({name: rows for name, (_, rows) in runs.items()}, figure)
+            curves = {name: rows for name, (_, rows) in runs.items()}
+            draw_comparison(curves, figure, by=options.by)
 
 
 if __name__ == "__main__":

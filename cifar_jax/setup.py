@@ -61,7 +61,10 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     """
     data = load(config["data"]["source"], config["data"]["directory"])
     splits = make_splits(
-        data, protocol=config["data"]["protocol"], seed=config["data"]["split_seed"]
+        data,
+        protocol=config["data"]["protocol"],
+        seed=config["data"]["split_seed"],
+        images_a_class=config["data"]["images_a_class"],
     )
     for key in ("batch_size", "eval_batch_size"):
         check_batch_size(config[key], key=key)

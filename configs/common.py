@@ -33,6 +33,7 @@ def get_config() -> ml_collections.ConfigDict:
     data.protocol = "notebook"  # "notebook": 36,000/4,000/10,000 of the training images;
     #                             "standard": 45,000/5,000 and the official 10,000 for the test
     data.split_seed = 42
+    data.images_a_class = 0  # train on the first so many of each class; 0: on all
     data.on_device = False  # the training set lies on every device (154 MB of images), and the
     #                         host sends row numbers instead of images
 
@@ -61,6 +62,9 @@ def get_config() -> ml_collections.ConfigDict:
     freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
     #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
     freeze.batch_norm = "frozen"  # norms in them keep their statistics; "train": as the others do
+
+    freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4"; its
+    #                             maps are cached, and what follows is trained on them
 
     augment = config.augment = ml_collections.ConfigDict()  # on the device, in the training step
     augment.flip = False  # left to right, every second image

@@ -10,12 +10,12 @@ PACKAGE = ROOT / "cifar_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # From the top down: a module imports only from its own line or from lines below it.
 LAYERS = [
-    ["main", "features"],
+    ["main", "features", "sweep", "knn"],
     ["command", "probe"],
     ["train", "evaluate", "predict", "report", "fetch_data", "write_tfds", "port_weights"],
     ["setup"],
     ["loop", "structures", "trained", "initial", "run_weights"],
-    ["workdir", "backbone", "feature_cache"],
+    ["workdir", "backbone", "feature_cache", "neighbours"],
     ["parallel"],
     ["steps"],
     ["checkpoint", "state", "recording", "signals", "plan"],

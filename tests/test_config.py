@@ -1,6 +1,7 @@
 """Configurations: durations, rules, and what a resumed run may change."""
 
 import dataclasses
+import importlib
 import tomllib
 
 import ml_collections
@@ -9,7 +10,7 @@ from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.augment import Augment
-from cifar_jax.config import Duration
+from cifar_jax.durations import Duration
 from cifar_jax.errors import UserError
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.models.registry import create_model
@@ -78,8 +79,9 @@ def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
     assert set(configuration.RULES) - noted - elsewhere == {"matmul_precision"}
 
 
-def test_the_shipped_configurations_pass():
-    configuration.check(mlp.get_config())
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!c]*.py")), ids=lambda p: p.stem)
+def test_the_shipped_configurations_pass(path):
+    configuration.check(importlib.import_module(f"configs.{path.stem}").get_config())
 
 
 def test_a_missing_and_a_surplus_field_are_named():

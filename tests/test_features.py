@@ -30,6 +30,7 @@ from cifar_jax.initial import start_state
 from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.loop import Loop
 from cifar_jax.models.mlp import MLP
+from cifar_jax.models.resnet50 import PARTS
 from cifar_jax.models.transfer import PREPROCESSINGS, TransferClassifier
 from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.pretrained import ours
@@ -37,6 +38,7 @@ from cifar_jax.pretrained.names import Structure, shapes
 from cifar_jax.recording.run_record import read_run_record
 from cifar_jax.run_weights import read_run
 from cifar_jax.state import create_state, to_arrays
+from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
 from configs import common, resnet50_probe
 from tests.references import weights
@@ -69,7 +71,7 @@ def small_data(sample):
         sample, train_images=sample.train_images[:COUNT], train_labels=sample.train_labels[:COUNT]
     )
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("train", "data.sources"):
+        for module in ("setup", "data.sources"):
             patch.setattr(f"cifar_jax.{module}.load", lambda *_: data)
         yield data
 
@@ -727,3 +729,25 @@ def test_killed_while_features_are_computed(module_config, tmp_path):
     (ours,), (theirs,) = (list(tmp_path.glob(f"{x}/features/*/train.npy")) for x in "ba")
     assert ours.read_bytes() == theirs.read_bytes()
     assert_same_run(tmp_path / "run_b", tmp_path / "run_a")
+
+
+@pytest.mark.parametrize("part", ["stem", "stage3"])
+def test_a_cached_prefix_trains_what_follows(module_config, small_data, tmp_path, part):
+    """Step for step what the same run does on images, with that prefix frozen by name."""
+    own = {"freeze__features": part, "data__directory": str(tmp_path / "data")}
+    own |= {"train_for": "2 steps", "evaluate_every": "2 steps", "model__batch_norm": "frozen"}
+    cached = changed(module_config, **own)
+    prefix = " ".join(PARTS[: PARTS.index(part) + 1])
+    own |= {"freeze__features": "stage4", "freeze__layers": prefix}
+    direct = changed(module_config, **own)
+    results = [
+        probe.train_head(cached, tmp_path / "cached"),
+        train_and_evaluate(direct, tmp_path / "direct"),
+    ]
+    ends = [read_checkpoint(tmp_path / name, 2)[0] for name in ("cached", "direct")]
+    start = {name: ends[1][name] for name in ends[1] if name.startswith("params.")}
+    assert ends[0].keys() >= start.keys()
+    for name, expected in start.items():
+        np.testing.assert_allclose(ends[0][name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
+    accuracies = [result.record["result"]["test_accuracy"] for result in results]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.051)  # one of 20 images

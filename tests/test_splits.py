@@ -14,7 +14,7 @@ from cifar_jax.errors import UserError
 def full_size():
     """The size of CIFAR-10 without its pixels: only indices matter here."""
     empty = np.broadcast_to(np.uint8(0), (50000, 32, 32, 3))
-    labels = np.zeros(50000, np.int32)
+    labels = np.arange(50000, dtype=np.int32) % 10
     return Dataset(empty, labels, empty[:10000], labels[:10000], "made up", False, {})
 
 
@@ -62,3 +62,16 @@ def test_duplicates_are_counted_across_splits(sample):
     assert after["train-test"] == before["train-test"] + 1
     assert after["train-validation"] == before["train-validation"] + 1
     assert after["validation-test"] == before["validation-test"]
+
+
+def test_few_images_of_each_class_are_part_of_more(full_size):
+    """Validation and test stay as they are."""
+    make = {"protocol": "standard", "seed": 42}
+    whole, few, more = (make_splits(full_size, **make, images_a_class=n) for n in (0, 10, 100))
+    assert fingerprint({**few, "train": whole["train"]}) == fingerprint(whole)
+    assert len(few["train"]) == 100 and len(more["train"]) == 1000
+    labels = few["train"].labels[few["train"].indices]
+    np.testing.assert_array_equal(np.bincount(labels), [10] * 10)
+    assert set(few["train"].indices) < set(more["train"].indices) < set(whole["train"].indices)
+    with pytest.raises(UserError, match="images_a_class is 4900; a class has"):
+        make_splits(full_size, **make, images_a_class=4900)

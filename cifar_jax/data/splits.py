@@ -24,7 +24,9 @@ class Split:
         return len(self.indices)
 
 
-def make_splits(data: Dataset, *, protocol: str, seed: int) -> dict[str, Split]:
+def make_splits(
+    data: Dataset, *, protocol: str, seed: int, images_a_class: int = 0
+) -> dict[str, Split]:
     """Returns the splits {"train", "validation", "test"} of a protocol.
 
     "notebook" takes everything from the labelled training images, shuffled: a fifth tests, and the
@@ -36,9 +38,12 @@ def make_splits(data: Dataset, *, protocol: str, seed: int) -> dict[str, Split]:
       data: the images.
       protocol: "notebook" or "standard".
       seed: of the shuffle.
+      images_a_class: the training split keeps the first so many of each class; 0: all of it. Then
+        the other splits are the same, and a smaller set is part of a larger one.
 
     Raises:
-      UserError: where the protocol needs an official test split that the source lacks.
+      UserError: where the protocol needs an official test split that the source lacks, or a class
+        has too few images.
     """
     count = len(data.train_images)
     order = np.random.Generator(np.random.PCG64(seed)).permutation(count)
@@ -46,7 +51,7 @@ def make_splits(data: Dataset, *, protocol: str, seed: int) -> dict[str, Split]:
     labelled = count - test_count
     train_count = labelled - labelled // 10
     cuts = {
-        "train": order[:train_count],
+        "train": _first_of_each_class(data.train_labels, order[:train_count], images_a_class),
         "validation": order[train_count:labelled],
         "test": order[labelled:],
     }
@@ -63,6 +68,18 @@ def make_splits(data: Dataset, *, protocol: str, seed: int) -> dict[str, Split]:
         everything = np.arange(len(data.test_images))
         splits["test"] = Split("test", data.test_images, data.test_labels, everything)
     return splits
+
+
+def _first_of_each_class(labels: np.ndarray, indices: np.ndarray, count: int) -> np.ndarray:
+    if not count:
+        return indices
+    own = labels[indices]
+    places = [np.flatnonzero(own == label)[:count] for label in np.unique(own)]
+    if smallest := [len(each) for each in places if len(each) < count]:
+        raise UserError(
+            f"config.data.images_a_class is {count}; a class has {min(smallest)} training images"
+        )
+    return indices[np.sort(np.concatenate(places))]
 
 
 def fingerprint(splits: dict[str, Split]) -> str:

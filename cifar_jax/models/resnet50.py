@@ -20,6 +20,7 @@ from cifar_jax.models.stem import conv_of_repeated
 
 STAGE_BLOCKS = (3, 4, 6, 3)
 STAGE_WIDTHS = (64, 128, 256, 512)
+PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
 EXPANSION = 4
 IMAGENET_CLASSES = 1000
 
@@ -235,7 +236,13 @@ class ResNet50(nnx.Module):
         return outputs["stage4" if self.top is None else "logits"]
 
     def features(
-        self, x: jax.Array, *, train: bool, axis_name: str | None = None, repeats: int = 1
+        self,
+        x: jax.Array,
+        *,
+        train: bool,
+        axis_name: str | None = None,
+        repeats: int = 1,
+        until: str = PARTS[-1],
     ) -> dict[str, jax.Array]:
         """Every stage's output by name, from one forward pass.
 
@@ -246,6 +253,7 @@ class ResNet50(nnx.Module):
             axis_name: pmap axis over which the batch statistics are shared.
             repeats: 1, or an even number: the network sees each pixel as a square of
                 repeats x repeats pixels, without that image being built.
+            until: the last part to run, a name in `PARTS`.
 
         Returns:
             "stem" (after the pooling) [B, h, w, 64], "stage1" ... "stage4" [B, h, w, 256 ... 2048],
@@ -254,13 +262,42 @@ class ResNet50(nnx.Module):
         mode = self.batch_norm if train else "eval"
         x = self.stem(x.astype(self.dtype), repeats)
         x = max_pool(nnx.relu(self.stem_norm(x, mode, axis_name=axis_name)))
-        outputs = {"stem": x}
-        for i in range(1, len(STAGE_BLOCKS) + 1):
-            x = getattr(self, f"stage{i}")(x, mode=mode, axis_name=axis_name)
-            outputs[f"stage{i}"] = x
-        outputs["pooled"] = x.mean((1, 2))
+        outputs = {
+            "stem": x,
+            **self.after("stem", x, train=train, axis_name=axis_name, until=until),
+        }
+        if until != PARTS[-1]:
+            return outputs
+        outputs["pooled"] = outputs[until].mean((1, 2))
         if self.top is not None:
             outputs["logits"] = self.top(outputs["pooled"])
+        return outputs
+
+    def after(
+        self,
+        part: str,
+        x: jax.Array,
+        *,
+        train: bool,
+        axis_name: str | None = None,
+        until: str = PARTS[-1],
+    ) -> dict[str, jax.Array]:
+        """Runs the stages behind a part, up to another one.
+
+        Args:
+            part: a name in `PARTS`.
+            x: its output, as `features` gives it.
+            train: see `features`.
+            axis_name: see `features`.
+            until: see `features`.
+
+        Returns:
+            Their outputs by name, in order; none behind the last one.
+        """
+        mode = self.batch_norm if train else "eval"
+        outputs = {}
+        for name in PARTS[PARTS.index(part) + 1 : PARTS.index(until) + 1]:
+            x = outputs[name] = getattr(self, name)(x, mode=mode, axis_name=axis_name)
         return outputs
 
     def stem(self, x: jax.Array, repeats: int) -> jax.Array:

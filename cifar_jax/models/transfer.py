@@ -1,12 +1,14 @@
 """ResNet-50 on CIFAR-10: preprocessing, upsampling, backbone, new head."""
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
-from cifar_jax.models.resnet50 import ResNet50
+from cifar_jax.models.resnet50 import PARTS, ResNet50
 from cifar_jax.models.stem import repeat_pixels
 
 UPSAMPLINGS = range(1, 9)
@@ -208,9 +210,14 @@ class TransferClassifier(nnx.Module):
         return logits(images)
 
     def backbone_maps(
-        self, images: jax.Array, *, train: bool, axis_name: str | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool,
+        axis_name: str | None = None,
+        part: str = PARTS[-1],
     ) -> jax.Array:
-        """The backbone's last maps [B, upsampling, upsampling, 2048], which the head reads."""
+        """A part's maps; the head reads the last one's, [B, upsampling, upsampling, 2048]."""
         # Affine per channel, so it may as well come before the upsampling, on fewer pixels.
         x = preprocess(images, self.preprocessing, dtype=self.dtype)
         repeats = self.upsampling
@@ -220,14 +227,20 @@ class TransferClassifier(nnx.Module):
             batch, height, width, channels = x.shape
             shape = (batch, repeats * height, repeats * width, channels)
             x, repeats = jax.image.resize(x, shape, "bilinear"), 1
-        return self.backbone(x, train=train, axis_name=axis_name, repeats=repeats)
+        outputs = self.backbone.features(
+            x, train=train, axis_name=axis_name, repeats=repeats, until=part
+        )
+        return outputs[part]
 
 
-class HeadClassifier(nnx.Module):
-    """A head alone, which classifies the maps that a backbone has given."""
+class TailClassifier(nnx.Module):
+    """What follows a part of a transfer model's backbone: it classifies that part's maps."""
 
-    def __init__(self, head: FlattenHead | PooledHead):
-        self.head = head
+    def __init__(self, model: TransferClassifier, part: str):
+        """Takes the layers behind `part`, a name in `resnet50.PARTS`; they keep their names."""
+        self.part = part
+        self.backbone = keep_parts(model, PARTS[PARTS.index(part) + 1 :]).backbone
+        self.head = model.head
 
     def __call__(
         self,
@@ -237,5 +250,17 @@ class HeadClassifier(nnx.Module):
         keys: jax.Array | None = None,
         axis_name: str | None = None,
     ) -> jax.Array:
-        """Logits of maps [B, h, w, 2048], or of their means [B, 1, 1, 2048] for a pooled head."""
-        return self.head(maps, train=train, keys=keys, axis_name=axis_name)
+        """Logits of maps [B, h, w, C]; a pooled head also takes the means of the last maps."""
+        behind = self.backbone.after(self.part, maps, train=train, axis_name=axis_name)
+        return self.head(behind.get(PARTS[-1], maps), train=train, keys=keys, axis_name=axis_name)
+
+
+def keep_parts(model: TransferClassifier, parts: Collection[str]) -> TransferClassifier:
+    """Takes all other parts of its backbone from a model: they are never called."""
+    backbone = model.backbone
+    for name in PARTS:
+        if name not in parts:
+            of_part = ("stem_conv", "stem_norm") if name == "stem" else (name,)
+            for layer in of_part:
+                setattr(backbone, layer, None)
+    return model

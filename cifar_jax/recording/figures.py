@@ -10,6 +10,7 @@ from cifar_jax.recording.metrics_log import evaluation_rows
 PANELS = (("accuracy", "accuracy"), ("loss", "loss (cross-entropy)"))
 TRAIN_COLOUR = "tab:blue"
 VALIDATION_COLOUR = "tab:orange"
+X_AXES = {"epochs": lambda row: row["epoch"], "minutes": lambda row: row["train_seconds"] / 60}
 LINE_STYLES = ("-", "--", ":", "-.")
 
 
@@ -34,21 +35,26 @@ def draw_curves(rows: list[dict], path: str | os.PathLike, title: str) -> None:
     _save(figure, path)
 
 
-def draw_comparison(runs: dict[str, list[dict]], path: str | os.PathLike) -> None:
+def draw_comparison(
+    runs: dict[str, list[dict]], path: str | os.PathLike, *, by: str = "epochs"
+) -> None:
     """Draws the validation curves of several runs over each other.
 
     Args:
         runs: name of each run and its metrics.
         path: the PNG to write.
+        by: "epochs", or the "minutes" of training up to there.
 
     Raises:
         RunError: the file cannot be written.
     """
     figure = _new_figure("Validation, by run")
+    for axes in figure.axes:
+        axes.set_xlabel({"epochs": "epoch", "minutes": "minutes of training"}[by])
     for axes, (metric, _) in zip(figure.axes, PANELS, strict=True):
         for number, rows in enumerate(runs.values()):
             style = {"color": f"C{number % 10}", "linestyle": LINE_STYLES[number // 10 % 4]}
-            _plot(axes, evaluation_rows(rows), f"validation_{metric}", **style)
+            _plot(axes, evaluation_rows(rows), f"validation_{metric}", by=by, **style)
     # One legend below the panels, a line for each run: names are long, and may be many.
     figure.set_figheight(figure.get_figheight() + 0.22 * len(runs))
     figure.legend(figure.axes[0].lines, list(runs), loc="outside lower left")
@@ -72,10 +78,9 @@ def _new_figure(title: str):
     return figure
 
 
-def _plot(axes, rows: list[dict], metric: str, **style) -> None:
-    points = [
-        (row["epoch"], row[metric]) for row in rows if math.isfinite(row.get(metric, math.nan))
-    ]
+def _plot(axes, rows: list[dict], metric: str, *, by: str = "epochs", **style) -> None:
+    place = X_AXES[by]
+    points = [(place(row), row[metric]) for row in rows if math.isfinite(row.get(metric, math.nan))]
     # Markers show a single epoch; with many epochs they would hide the line.
     marker = "o" if len(points) <= 30 else None
     axes.plot(

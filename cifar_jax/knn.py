@@ -1,0 +1,80 @@
+"""Classify by the nearest neighbours among the features of a frozen, pretrained ResNet-50.
+
+    python -m cifar_jax.knn --config=configs/resnet50_probe.py [--test]
+
+Nothing is trained. Each image takes the votes of its k nearest training images, by the cosine of
+their pooled features, weighted with exp(cosine / 0.07) (Wu et al., "Unsupervised Feature Learning
+via Non-Parametric Instance Discrimination", 2018). The features are those that cifar_jax.features
+caches. k is chosen on validation; --test reads the test split with it.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from cifar_jax.command import parse_flags, set_up_logging
+from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.memory import keep_freed_memory
+
+KS = (5, 10, 20, 50, 100, 200)
+EXAMPLES = {"config": "configs/resnet50_probe.py"}
+
+
+def main() -> None:
+    """Runs the command; exits with 0, 1 (failed run), 2 (bad input) or 128 + signal."""
+    with exit_on_user_error():
+        values = parse_flags(__doc__, EXAMPLES, switch="test")
+        set_up_logging()
+        keep_freed_memory()
+        accuracies = evaluate_knn(values.config, KS, test=values.test)
+        for split, by_k in accuracies.items():
+            print(f"{split}: " + ", ".join(f"k {k}: {value:.4f}" for k, value in by_k.items()))
+
+
+def evaluate_knn(config, ks: Sequence[int], *, test: bool) -> dict[str, dict[int, float]]:
+    """Returns accuracies: {"validation": {k: ...}}, and of the best of these k those of "test".
+
+    Args:
+      config: an `ml_collections.ConfigDict`, as `configs/common.py` gives it, with a pooled head.
+      ks: numbers of neighbours.
+      test: whether to read the test split.
+
+    Raises:
+      UserError: as `cifar_jax.probe.train_head`.
+      SystemExit: with 128 + signal, if one came while features were computed; they are kept.
+    """
+    # JAX takes seconds to import: --help and bad flags do not wait for it.
+    import jax
+
+    from cifar_jax import config as configuration
+    from cifar_jax.models.registry import create_model
+    from cifar_jax.models.transfer import TailClassifier
+    from cifar_jax.neighbours import accuracy_by_k
+    from cifar_jax.probe import check_features, feature_splits, load_backbone
+    from cifar_jax.setup import set_up
+    from cifar_jax.signals import StopSignal
+
+    configuration.check(config)
+    plain = configuration.to_dict(config)
+    check_features(plain)
+    for key, expected in (("model.head", "pooled"), ("freeze.features", "stage4")):
+        found = dict(configuration.flatten(plain))[key]
+        if found != expected:
+            raise UserError(f'config.{key} is "{found}"; neighbours need "{expected}"')
+    with jax.default_matmul_precision(config.matmul_precision), StopSignal() as stop:
+
+        def create(model_config):
+            return TailClassifier(create_model(model_config, seed=plain["seed"]), "stage4")
+
+        setup, backbone = load_backbone(set_up(plain, create))
+        splits = feature_splits(setup, backbone, stop)
+        if splits is None:
+            sys.exit(128 + stop.received)
+        found = {"validation": accuracy_by_k(splits["train"], splits["validation"], ks)}
+        if test:
+            best = max(ks, key=found["validation"].get)
+            found["test"] = accuracy_by_k(splits["train"], splits["test"], [best])
+        return found
+
+
+if __name__ == "__main__":
+    main()

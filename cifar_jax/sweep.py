@@ -1,0 +1,163 @@
+"""Compare recipes: run a file of overrides, one after the other, and rank them on validation.
+
+    python -m cifar_jax.sweep sweep.toml --config=configs/resnet50_laptop.py --workdir=runs/rates
+
+The file is TOML: a table for each run, with its name and the fields that it sets.
+
+    [slow]
+    optimizer.learning_rate = 0.003
+
+    [frozen_stem]
+    optimizer.learning_rate = 0.03
+    freeze.layers = "stem"
+
+    [head_only]
+    command = "features"                # cifar_jax.features instead of cifar_jax.main
+    optimizer.learning_rate = 0.001
+
+Every run has a folder in WORKDIR and is what its own command would have made, but that the test
+split is left unread: the ranking in WORKDIR/sweep.md is by validation alone. The same command goes
+on where a stopped one left off. Read the test split once, with cifar_jax.evaluate on the winner.
+"""
+
+import argparse
+import shlex
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cifar_jax.errors import RunError, UserError, exit_on_user_error, tell
+from cifar_jax.recording.files import write_atomically
+from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
+from cifar_jax.signals import StopSignal
+
+COMMANDS = ("main", "features")
+RANKING_NAME = "sweep.md"
+
+
+def read_sweep(path: Path) -> dict[str, list[str]]:
+    """Reads a file of overrides.
+
+    Returns:
+      By run, the end of its command: module and flags.
+
+    Raises:
+      UserError: the file is missing, no TOML, or holds anything but tables of fields.
+    """
+    try:
+        tables = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UserError(f"{path}: {error}; expected a TOML file, see --help") from error
+    if not tables:
+        raise UserError(f"{path}: no runs in it; expected a table for each, see --help")
+    return {name: _arguments(path, name, table) for name, table in tables.items()}
+
+
+def _arguments(path: Path, name: str, table: Any) -> list[str]:
+    if not isinstance(table, dict) or Path(name).name != name or name.startswith("."):
+        raise UserError(f'{path}: "{name}" is no table with the name of a folder; see --help')
+    command = table.pop("command", COMMANDS[0])
+    if command not in COMMANDS:
+        raise UserError(f'{path}: {name}.command is "{command}"; expected {" or ".join(COMMANDS)}')
+    flags = [f"--config.{key}={value}" for key, value in _fields(table)]
+    return [f"cifar_jax.{command}", *flags]
+
+
+def _fields(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, tuple(value) if isinstance(value, list) else value
+
+
+def run_all(runs: Mapping[str, list[str]], config: str, workdir: Path) -> int:
+    """Makes every run in a process of its own; a failed one is told, and the next one starts.
+
+    Returns:
+      The number of failed runs.
+
+    Raises:
+      SystemExit: with 128 + signal, after a signal has ended the present run in order.
+    """
+    failed = 0
+    for number, (name, (module, *flags)) in enumerate(runs.items(), start=1):
+        command = [sys.executable, "-m", module, f"--config={config}"]
+        command += [f"--workdir={workdir / name}", *flags, "--config.test=False"]
+        tell(f"run {number}/{len(runs)}: {shlex.join(command[1:])}")
+        with StopSignal() as stop:
+            code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL), stop)
+        if stop.received is not None:
+            sys.exit(128 + stop.received)
+        if code:
+            failed += 1
+            tell(f"{name}: ended with exit code {code}")
+    return failed
+
+
+def _wait(process: subprocess.Popen, stop: StopSignal) -> int:
+    passed_on = False
+    while True:
+        try:
+            return process.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            # A terminal's Ctrl-C has reached the run too; told twice, it would not save.
+            if stop.received not in (None, signal.SIGINT) and not passed_on:
+                process.send_signal(stop.received)
+                passed_on = True
+
+
+def rank(names: Sequence[str], workdir: Path) -> str:
+    """Returns a Markdown table of the runs, the best on validation first."""
+    rows = []
+    for name in names:
+        folder = workdir / name
+        evaluations = evaluation_rows(read_rows(folder)) if folder.is_dir() else []
+        best = max(evaluations, key=lambda row: row["validation_accuracy"], default=None)
+        last = evaluations[-1] if evaluations else None
+        rows.append((name, best, last))
+    rows.sort(key=lambda row: row[1]["validation_accuracy"] if row[1] else -1, reverse=True)
+    lines = ["| run | best validation | at epoch | last validation | training minutes |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    for name, best, last in rows:
+        cells = [name, "-", "-", "-", "-"]
+        if best and last:
+            cells[1:] = [
+                f"{best['validation_accuracy']:.4f}",
+                f"{best['epoch']:g}",
+                f"{last['validation_accuracy']:.4f}",
+                f"{last['train_seconds'] / 60:.1f}",
+            ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with 0, 1 (a run failed), 2 (bad input) or 128 + signal."""
+    parser = argparse.ArgumentParser(
+        prog="python -m cifar_jax.sweep",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", type=Path, metavar="FILE", help="a TOML file of overrides")
+    parser.add_argument("--config", required=True, metavar="PY", help="what the runs share")
+    parser.add_argument("--workdir", required=True, type=Path, help="takes a folder for each run")
+    options = parser.parse_args(arguments)
+    with exit_on_user_error():
+        runs = read_sweep(options.sweep)
+        workdir = options.workdir.expanduser()
+        failed = run_all(runs, options.config, workdir)
+        table = rank(list(runs), workdir)
+        if workdir.is_dir():
+            write_atomically(workdir / RANKING_NAME, table.encode() + b"\n")
+        print(table)
+        if failed:
+            raise RunError(f"{failed} of {len(runs)} runs failed; what they said stands above")
+
+
+if __name__ == "__main__":
+    main()

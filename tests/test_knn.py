@@ -1,0 +1,48 @@
+"""Nearest neighbours, against a loop in NumPy."""
+
+import numpy as np
+import pytest
+
+from cifar_jax.data.splits import Split
+from cifar_jax.neighbours import TEMPERATURE, accuracy_by_k
+
+KS = (1, 5, 60, 500)
+
+
+@pytest.fixture
+def splits():
+    """300 features around ten centres, not at distance 1: 250 to look among, 50 to classify."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 300).astype(np.int32)
+    features = rng.normal(size=(10, 1, 1, 8))[labels] + rng.normal(size=(300, 1, 1, 8))
+    features *= rng.uniform(0.1, 9, size=(300, 1, 1, 1))
+    order = rng.permutation(300)
+    features = features.astype(np.float32)
+    return [Split("train", features, labels, rows) for rows in (order[:250], order[250:])]
+
+
+def reference(train, queries, k):
+    right = 0
+    for row in queries.indices:
+        cosines = []
+        for other in train.indices:
+            a, b = (train.images[i].ravel().astype(float) for i in (row, other))
+            cosines.append(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+        nearest = np.argsort(cosines)[::-1][:k]
+        votes = np.zeros(10)
+        for i in nearest:
+            votes[train.labels[train.indices[i]]] += np.exp(cosines[i] / TEMPERATURE)
+        right += votes.argmax() == queries.labels[row]
+    return right / len(queries)
+
+
+def test_accuracies_are_those_of_the_loop(splits):
+    found = accuracy_by_k(*splits, KS)
+    assert found == {k: pytest.approx(reference(*splits, k)) for k in KS}
+    assert len(set(found.values())) > 1 and 0.2 < found[5] < 1
+
+
+def test_batches_change_nothing(splits, monkeypatch):
+    whole = accuracy_by_k(*splits, KS)
+    monkeypatch.setattr("cifar_jax.neighbours.BATCH", 7)
+    assert accuracy_by_k(*splits, KS) == whole

@@ -1,0 +1,111 @@
+"""Sweeps: real runs in processes of their own, ranked on validation."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cifar_jax import sweep
+from tests.runs import ROOT
+
+SWEEP = """
+[slow]
+optimizer.learning_rate = 1e-5
+
+[fast]
+optimizer.learning_rate = 1e-3
+model.hidden_sizes = [32, 16]
+"""
+CONFIG = """
+from configs import mlp
+
+def get_config():
+    config = mlp.get_config()
+    config.data.source = "sample"
+    config.train_for = "2 epochs"
+    config.steps_per_call = 45
+    return config
+"""
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "sweep.toml").write_text(SWEEP)
+    (tmp_path / "own.py").write_text(CONFIG)
+    return [str(tmp_path / "sweep.toml"), f"--config={tmp_path / 'own.py'}"]
+
+
+def records(workdir):
+    return {
+        name: json.loads((workdir / name / "run.json").read_text()) for name in ("slow", "fast")
+    }
+
+
+def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    workdir = tmp_path / "runs"
+    sweep.main([*files, f"--workdir={workdir}"])
+    table = capfd.readouterr().out.strip()
+    assert table == (workdir / "sweep.md").read_text().strip()
+    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| fast", "| slow"]
+    for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
+        record = records(workdir)[name]
+        assert record["config"]["optimizer"]["learning_rate"] == rate
+        assert not record.get("result") and not record.get("test_reads")
+    assert records(workdir)["fast"]["config"]["model"]["hidden_sizes"] == [32, 16]
+
+
+def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = '[wrong]\noptimizer.name = "none"\n\n[right]\ntrain_for = "1 epoch"\n'
+    (tmp_path / "sweep.toml").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([*files, f"--workdir={tmp_path / 'runs'}"])
+    told = capfd.readouterr()
+    assert caught.value.code == 1
+    assert "wrong: ended with exit code 2" in told.err and "1 of 2 runs failed" in told.err
+    assert [line.split(" | ")[0] for line in told.out.splitlines()[2:]] == ["| right", "| wrong"]
+
+
+def test_a_stopped_sweep_goes_on(files, tmp_path):
+    """SIGTERM during the first run: it saves; the same command then makes both."""
+    (tmp_path / "sweep.toml").write_text(
+        SWEEP.replace("[slow]", '[slow]\ntrain_for = "400 epochs"')
+    )
+    workdir = tmp_path / "runs"
+    command = [sys.executable, "-m", "cifar_jax.sweep", *files, f"--workdir={workdir}"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    metrics = workdir / "slow" / "metrics.jsonl"
+    until = time.monotonic() + 120
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM, told
+    assert "stopped and saved" in told and not (workdir / "fast").exists()
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    starts = [start["step"] for start in records(workdir)["slow"]["starts"]]
+    assert len(starts) == 2 and 0 < starts[1] < 400 * 45
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[a", "expected a TOML file"),
+        ("", "no runs in it"),
+        ("rate = 1", '"rate" is no table with the name of a folder'),
+        ('["../a"]\nseed = 1', '"../a" is no table with the name of a folder'),
+        ('[a]\ncommand = "rm"', 'a.command is "rm"; expected main or features'),
+    ],
+)
+def test_a_wrong_file_is_one_line(files, tmp_path, capsys, text, expected):
+    (tmp_path / "sweep.toml").write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([*files, f"--workdir={tmp_path / 'runs'}"])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and expected in told and told.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
