@@ -10,8 +10,9 @@ import numpy as np
 from flax import nnx
 
 from cifar_jax.checkpoint import digest
+from cifar_jax.models.blocks import EXPANSION
 from cifar_jax.models.registry import create_model
-from cifar_jax.models.resnet50 import EXPANSION, PARTS, STAGE_WIDTHS
+from cifar_jax.models.resnet50 import PARTS, STAGE_WIDTHS
 from cifar_jax.models.transfer import keep_parts
 from cifar_jax.parallel import JitExecution
 from cifar_jax.state import MODEL_PARTS, model_leaves, split_model

@@ -11,6 +11,8 @@ caches. k is chosen on validation; --test reads the test split with it.
 import sys
 from collections.abc import Sequence
 
+import ml_collections
+
 from cifar_jax.command import parse_flags, set_up_logging
 from cifar_jax.errors import UserError, exit_on_user_error
 from cifar_jax.memory import keep_freed_memory
@@ -30,11 +32,13 @@ def main() -> None:
             print(f"{split}: " + ", ".join(f"k {k}: {value:.4f}" for k, value in by_k.items()))
 
 
-def evaluate_knn(config, ks: Sequence[int], *, test: bool) -> dict[str, dict[int, float]]:
+def evaluate_knn(
+    config: ml_collections.ConfigDict, ks: Sequence[int], *, test: bool
+) -> dict[str, dict[int, float]]:
     """Returns accuracies: {"validation": {k: ...}}, and of the best of these k those of "test".
 
     Args:
-      config: an `ml_collections.ConfigDict`, as `configs/common.py` gives it, with a pooled head.
+      config: as `configs/common.py` gives it, with a pooled head.
       ks: numbers of neighbours.
       test: whether to read the test split.
 

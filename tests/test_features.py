@@ -266,7 +266,7 @@ KEYS = {
     "precision": ({"matmul_precision": "default"}, False),
     "head": ({"model__head": "flatten"}, False),
 }
-VALUES = {"backbone.b": np.arange(3.0), "backbone.a": np.ones(2), "head.c": np.ones(1)}
+VALUES = {"backbone.stage1.b": np.arange(3.0), "backbone.stage1.a": np.ones(2), "head.c": np.ones(1)}
 
 
 def folder(config, values=VALUES, images=None):
@@ -295,8 +295,8 @@ def test_weights_and_images_have_a_folder_of_their_own(module_config):
     usual = folder(module_config)
     assert folder(module_config, dict(reversed(VALUES.items()))) == usual
     assert folder(module_config, VALUES | {"head.c": np.zeros(1)}) == usual  # not the backbone's
-    assert folder(module_config, VALUES | {"backbone.a": np.array([1, 1 + 1e-15])}) != usual
-    swapped = {"backbone.a": np.ones(2), "backbone.c": np.arange(3.0)}
+    assert folder(module_config, VALUES | {"backbone.stage1.a": np.array([1, 1 + 1e-15])}) != usual
+    swapped = {"backbone.stage1.a": np.ones(2), "backbone.stage1.c": np.arange(3.0)}
     assert folder(module_config, swapped) != usual
     assert folder(module_config, images={"train": "aa", "test": "bc"}) != usual
 
@@ -640,7 +640,7 @@ BAD = {
 def test_missing_weights_are_told_before_images_are_looked_for(
     command, module_config, tmp_path, capsys, monkeypatch
 ):
-    for module in ("train", "data.sources"):
+    for module in ("setup", "data.sources"):
         monkeypatch.setattr(f"cifar_jax.{module}.load", lambda *_: pytest.fail("images were read"))
     arguments = [*flags_of(module_config, tmp_path / "new"), "--config.model.pretrained=no.pth"]
     code, _, errors = run_command(command, arguments, capsys, monkeypatch)

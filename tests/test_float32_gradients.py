@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 from cifar_jax.models import layers
-from cifar_jax.models.resnet50 import VARIANTS
+from cifar_jax.models.blocks import VARIANTS
 from tests import test_resnet50 as resnet50
 from tests.references import runs, weights
 

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 
 from cifar_jax.models import resnet50
-from cifar_jax.models.resnet50 import VARIANTS, ResNet50
+from cifar_jax.models.blocks import VARIANTS
+from cifar_jax.models.resnet50 import ResNet50
 from tests.references import runs, weights
 
 REFERENCES = {"keras": runs.run_keras, "torchvision": runs.run_torch}

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from cifar_jax import sweep
+from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from tests.runs import ROOT
 
 SWEEP = """
@@ -50,7 +51,13 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     sweep.main([*files, f"--workdir={workdir}"])
     table = capfd.readouterr().out.strip()
     assert table == (workdir / "sweep.md").read_text().strip()
-    assert [line.split(" | ")[0] for line in table.splitlines()[2:]] == ["| fast", "| slow"]
+    best = {
+        name: max(row["validation_accuracy"] for row in evaluation_rows(read_rows(workdir / name)))
+        for name in ("slow", "fast")
+    }
+    first, second = sorted(best, key=best.get, reverse=True)
+    rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert rows == [[f"| {name}", f"{best[name]:.4f}"] for name in (first, second)]
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
         record = records(workdir)[name]
         assert record["config"]["optimizer"]["learning_rate"] == rate

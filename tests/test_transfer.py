@@ -150,9 +150,9 @@ def backbone_input(
 
     def record(self, x, *, repeats, **_):
         seen.append((x, repeats))
-        return x
+        return {"stage4": x}
 
-    monkeypatch.setattr(resnet50.ResNet50, "__call__", record)
+    monkeypatch.setattr(resnet50.ResNet50, "features", record)
     model.backbone_maps(jnp.asarray(pixels), train=False)
     return seen[0]
 
@@ -279,7 +279,7 @@ def test_pmap_with_axis_name_equals_one_device(head, small):
         (resnet50.ResNet50, "batch_norm", "on"),
         (TransferClassifier, "variant", "v3"),
         (TransferClassifier, "preprocessing", "caffe"),
-        (TransferClassifier, "upsampling", 3),
+        (TransferClassifier, "upsampling", 9),
         (TransferClassifier, "interpolation", "cubic"),
         (TransferClassifier, "head", "linear"),
         (TransferClassifier, "batch_norm", "on"),

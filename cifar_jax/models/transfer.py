@@ -144,7 +144,7 @@ class TransferClassifier(nnx.Module):
         """Creates the model with initial values; the defaults are the notebook's.
 
         Args:
-            variant: of the backbone, see `resnet50.VARIANTS`.
+            variant: of the backbone, see `blocks.VARIANTS`.
             preprocessing: a name in `PREPROCESSINGS`; pretrained weights expect theirs.
             upsampling: side of the backbone's input, in units of 32 pixels.
             interpolation: "nearest" or "bilinear".

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cifar_jax.models.resnet50 import VARIANTS, Variant
+from cifar_jax.models.blocks import VARIANTS, Variant
 from experiments.benchmarks.limit import CHANNELS, STAGES
 
 
