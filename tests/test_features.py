@@ -266,7 +266,11 @@ KEYS = {
     "precision": ({"matmul_precision": "default"}, False),
     "head": ({"model__head": "flatten"}, False),
 }
-VALUES = {"backbone.stage1.b": np.arange(3.0), "backbone.stage1.a": np.ones(2), "head.c": np.ones(1)}
+VALUES = {
+    "backbone.stage1.b": np.arange(3.0),
+    "backbone.stage1.a": np.ones(2),
+    "head.c": np.ones(1),
+}
 
 
 def folder(config, values=VALUES, images=None):

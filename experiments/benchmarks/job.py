@@ -61,10 +61,10 @@ def make_stacks(job: Job) -> list[dict[str, np.ndarray]]:
     return [{"image": x, "label": y} for x, y in zip(images, labels, strict=True)]
 
 
-def keeping_memory(contender: Callable[[Job, Turns], None], job: Job, turns: Turns) -> None:
+def keeping_memory(contender: Callable[[Any, Turns], None], setting: Any, turns: Turns) -> None:
     """Runs a contender in a process that keeps the memory it frees, as our commands do."""
     keep_freed_memory()
-    contender(job, turns)
+    contender(setting, turns)
 
 
 def take_turns(turns: Turns, work: Callable[[], Any], settings: str) -> None:

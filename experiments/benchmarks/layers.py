@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.memory import keep_freed_memory
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.job import Job, make_stacks
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=("keras", "torchvision"), default="keras")
     parser.add_argument("--results", type=Path, help="path without suffix")
     options = parser.parse_args()
+    keep_freed_memory()  # as everybody does in the benchmarks of the whole step
     os.environ["JAX_PLATFORMS"] = "cpu"
     job = Job("train", options.upsampling, options.batch_size, options.variant)
     config, model = create_ours(job)

@@ -1,0 +1,102 @@
+"""Times the whole training loop of the ResNet-50 beside its bare step.
+
+    python -m experiments.benchmarks.loop [--upsampling=2] [--batch-size=32] [--rounds=7]
+
+The loop is a run of `cifar_jax.main` from the notebook's configuration: `tf.data`, metrics, a row
+every 10 steps, all its files, and a checkpoint at the end of every turn, which is waited for. The
+bare step makes the same compiled calls on batches that lie ready.
+"""
+
+import argparse
+import functools
+import os
+import tempfile
+from pathlib import Path
+
+from experiments.benchmarks import interleaved
+from experiments.benchmarks.interleaved import Turns
+from experiments.benchmarks.job import Job, keeping_memory, make_stacks, take_turns
+from experiments.benchmarks.ours import Training, create_ours
+
+STEPS = 50  # in a turn
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "numpy")
+
+
+def whole_loop(job: Job, turns: Turns) -> None:
+    """A run without end, held up after every turn; its checkpoint is on disk then."""
+    from cifar_jax.loop import Loop
+    from cifar_jax.train import train_and_evaluate
+    from configs import resnet50
+
+    finish_edge = Loop.finish_edge
+
+    def finish_edge_and_wait(loop: Loop) -> None:
+        finish_edge(loop)
+        if loop.step and loop.step % STEPS == 0:
+            loop.checkpointer.wait()
+            next(turns)
+
+    Loop.finish_edge = finish_edge_and_wait
+    config = resnet50.get_config()
+    config.batch_size, config.model.upsampling = job.batch_size, job.upsampling
+    config.model.pretrained = "none"
+    config.train_for = config.evaluate_every = "1000 epochs"
+    config.log_every, config.checkpoint_every = "10 steps", f"{STEPS} steps"
+    with tempfile.TemporaryDirectory() as workdir:
+        train_and_evaluate(config, workdir)
+
+
+def bare_step(job: Job, turns: Turns) -> None:
+    """The compiled calls alone."""
+    config, model = create_ours(job)
+    training = Training(config, model)
+    stack = make_stacks(job)[0]
+    take_turns(turns, lambda: training([stack] * STEPS), "JitExecution.train")
+
+
+def main() -> None:
+    """Runs the benchmark and writes its results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--upsampling", type=int, default=2, help="of 32 px (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    options = parser.parse_args()
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    job = Job("train", options.upsampling, options.batch_size, "keras")
+    contenders = {
+        "bare step": functools.partial(keeping_memory, bare_step, job),
+        "whole loop": functools.partial(keeping_memory, whole_loop, job),
+    }
+    reports = interleaved.run(contenders, rounds=options.rounds)
+    summary = interleaved.summarize(reports, base="bare step")
+    machine = interleaved.describe_machine(PACKAGES)
+    header = ["", "s a turn", "range", "ratio to the bare step", "95 % interval", "peak MB"]
+    rows = [
+        [
+            name,
+            f"{s['median']:.2f}",
+            f"{s['min']:.2f}-{s['max']:.2f}",
+            f"{s['ratio']:.3f}",
+            f"{s['ratio_low']:.3f}-{s['ratio_high']:.3f}",
+            f"{s['peak_mb']:,.0f}",
+        ]
+        for name, s in summary.items()
+    ]
+    flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size}"
+    text = "\n\n".join(
+        [
+            f"# The training loop beside its step: {job.size} px, batch {job.batch_size}",
+            f"Written by `python -m experiments.benchmarks.loop {flags}`; {options.rounds} rounds "
+            f"of {STEPS} steps and one checkpoint.",
+            interleaved.markdown_table(header, rows),
+            interleaved.format_machine(machine),
+        ]
+    )
+    results = {"job": vars(job), "machine": machine, "summary": summary, "reports": reports}
+    name = f"loop_{job.size}px_batch{job.batch_size}"
+    interleaved.write_results(RESULTS / name, results, text=text)
+
+
+if __name__ == "__main__":
+    main()
