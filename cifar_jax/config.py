@@ -96,12 +96,18 @@ RULES: dict[str, Rule] = {
     "optimizer.clip_norm": NOT_NEGATIVE,
     "optimizer.head_rate": POSITIVE,
     "optimizer.layer_decay": _number(lambda v: 0 < v <= 1, "a number above 0, at most 1"),
-    "optimizer.accumulate": COUNT,
+    "optimizer.accumulate": _whole(1, 2**16),
     "schedule.name": _choice("constant", "cosine", "linear"),
     "schedule.warmup": TEXT,
     "schedule.final_fraction": FRACTION,
 }
 
+# What other models have no use for, and its value that asks for nothing.
+ONLY_RESNET50 = {
+    "optimizer.head_rate": 1.0,
+    "optimizer.layer_decay": 1.0,
+    "model.test_time_flip": False,
+}
 # Where a run stores, logs and looks may change between two starts; what it computes may not.
 MAY_CHANGE = frozenset(
     (
@@ -183,6 +189,9 @@ def check(config: ml_collections.ConfigDict) -> None:
     for key in (*PERIODS, "schedule.warmup"):
         Duration.parse(values[key], key=key)
     check_spans(values)
+    for key, off in ONLY_RESNET50.items():
+        if values["model.name"] != "resnet50" and values[key] != off:
+            raise UserError(f"config.{key} is {values[key]!r}; only a resnet50 has what it is for")
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
 

@@ -50,27 +50,28 @@ def evaluate_knn(
     import jax
 
     from cifar_jax import config as configuration
-    from cifar_jax.models.registry import create_model
-    from cifar_jax.models.transfer import TailClassifier
+    from cifar_jax.data.splits import NAMES
+    from cifar_jax.initial import find_weights
     from cifar_jax.neighbours import accuracy_by_k
+    from cifar_jax.parallel import check_devices
     from cifar_jax.probe import check_features, feature_splits, load_backbone
-    from cifar_jax.setup import set_up
+    from cifar_jax.setup import load_splits
     from cifar_jax.signals import StopSignal
 
     configuration.check(config)
     plain = configuration.to_dict(config)
     check_features(plain)
+    check_devices()
     for key, expected in (("model.head", "pooled"), ("freeze.features", "stage4")):
         found = dict(configuration.flatten(plain))[key]
         if found != expected:
             raise UserError(f'config.{key} is "{found}"; neighbours need "{expected}"')
     with jax.default_matmul_precision(config.matmul_precision), StopSignal() as stop:
-
-        def create(model_config):
-            return TailClassifier(create_model(model_config, seed=plain["seed"]), "stage4")
-
-        setup, backbone = load_backbone(set_up(plain, create))
-        splits = feature_splits(setup, backbone, stop)
+        find_weights(plain["model"])  # a file that is missing is told before images are fetched
+        data, splits = load_splits(plain)
+        _, backbone = load_backbone(plain)
+        splits = {name: splits[name] for name in (NAMES if test else NAMES[:2])}
+        splits = feature_splits(plain, data, splits, backbone, stop)
         if splits is None:
             sys.exit(128 + stop.received)
         found = {"validation": accuracy_by_k(splits["train"], splits["validation"], ks)}

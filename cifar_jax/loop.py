@@ -236,7 +236,7 @@ class Loop:
             self._settled = time.perf_counter()
 
     def evaluate_and_record(self) -> float | None:
-        """Evaluates on validation and writes the row; None if a signal cut it short."""
+        """Evaluates on validation, writes the row, and gives the accuracy if it may be the best."""
         totals = self.evaluate(self.splits["validation"])
         if totals is None:
             return None
@@ -247,6 +247,8 @@ class Loop:
         )
         history.since_evaluation = Totals()
         history.evaluated_step = self.step
+        if self.phase.upsampling != self.plan.phases[-1].upsampling:
+            return None  # no candidate: whoever reads a checkpoint uses the last size
         history.best_accuracy = max(history.best_accuracy, validation["validation_accuracy"])
         return validation["validation_accuracy"]
 

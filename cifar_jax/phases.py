@@ -1,6 +1,7 @@
 """Phases of a run: which layers are frozen, and how large the images are, from which step on."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,7 +61,13 @@ def check_spans(config: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the key.
     """
-    parse_spans(config[FREEZE], key=FREEZE)
+    gradual = any(span.end for span in parse_spans(config[FREEZE], key=FREEZE))
+    if gradual and config["optimizer.name"] in ("adam", "adamw"):
+        raise UserError(
+            f"config.{FREEZE} thaws layers during the run; with config.optimizer.name "
+            f'"{config["optimizer.name"]}", whose bias correction counts steps from the first one, '
+            'they would start at several times the rate: use "sgd" or "rmsprop"'
+        )
     found = f'config.{PROGRESSIVE} is "{config[PROGRESSIVE]}"'
     sizes = parse_spans(config[PROGRESSIVE], key=PROGRESSIVE)
     for span in sizes:
@@ -84,18 +91,23 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
       total: steps of the whole run; later phases are left out.
 
     Raises:
-      UserError: for spans whose ends do not grow.
+      UserError: for spans whose ends do not grow, or a run that ends before its last size.
     """
     texts = {FREEZE: config["freeze"]["layers"], PROGRESSIVE: config[PROGRESSIVE]}
     spans = {}
     for key, text in texts.items():
         spans[key] = [
-            (span.words, total if span.end is None else span.end.steps(steps_per_epoch))
+            (span.words, math.inf if span.end is None else span.end.steps(steps_per_epoch))
             for span in parse_spans(text, key=key)
         ]
         ends = [0] + [end for _, end in spans[key]]
         if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
             raise UserError(f'config.{key} is "{text}"; expected ends that grow')
+        if key == PROGRESSIVE and ends[-1] >= total:
+            raise UserError(
+                f'config.{key} is "{text}"; the run ends after {total} steps, before it has seen '
+                "images of config.model.upsampling"
+            )
     starts = {0} | {end for of_key in spans.values() for _, end in of_key if end < total}
 
     def words_at(key: str, step: int) -> tuple[str, ...]:

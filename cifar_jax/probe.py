@@ -15,7 +15,8 @@ from cifar_jax import config as configuration
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
 from cifar_jax.checkpoint import Checkpointer, find_step, has_checkpoints, read_checkpoint
-from cifar_jax.data.splits import Split
+from cifar_jax.data.sources import Dataset
+from cifar_jax.data.splits import NAMES, Split
 from cifar_jax.errors import UserError, tell
 from cifar_jax.feature_cache import FeatureCache
 from cifar_jax.initial import find_weights, load_initial_weights
@@ -23,6 +24,7 @@ from cifar_jax.lock import locked
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TailClassifier
 from cifar_jax.parallel import check_devices
+from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recording.progress import Counter
 from cifar_jax.recording.run_record import field, has_run_record, read_run_record
 from cifar_jax.setup import Setup, set_up
@@ -77,11 +79,13 @@ def train_head(
             with locked(workdir, setting="--workdir"), StopSignal() as stop:
                 return run(setup, workdir, stop=stop, profile=profile)
         template = _template(plain)
-        setup, backbone = load_backbone(setup)
+        setup, backbone = _load_weights(setup)
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             # Before features are computed, which may take hours.
             check_workdir(workdir, plain, features=setup.features, checkpoints=HEAD_FOLDER)
-            inputs = feature_splits(setup, backbone, stop)
+            names = NAMES if plain["test"] else NAMES[:2]
+            splits = {name: setup.splits[name] for name in names}
+            inputs = feature_splits(plain, setup.data, splits, backbone, stop)
             if inputs is None:
                 return Result(step=0, stopped_by=stop.received, record={}, rows=[])
             setup = dataclasses.replace(setup, inputs=inputs)
@@ -96,15 +100,19 @@ def _template(config: Mapping[str, Any]) -> dict[str, Any]:
     return split_model(nnx.eval_shape(lambda: create_model(config["model"], seed=0)))[1]
 
 
-def load_backbone(setup: Setup) -> tuple[Setup, Backbone]:
-    """Reads the backbone; adds to the setup the features' key, and a head that the file holds.
+def load_backbone(config: Mapping[str, Any]) -> tuple[Loaded, Backbone]:
+    """Reads what `config.model.pretrained` names, and its backbone up to `config.freeze.features`.
 
     Raises:
       UserError: if the weights are missing, damaged, of another variant, or do not fit.
     """
-    config = setup.config["model"]
-    loaded = load_initial_weights(model_leaves(_template(setup.config)), config, tell=tell)
-    backbone = Backbone(config, loaded.values, setup.config["freeze"]["features"])
+    loaded = load_initial_weights(model_leaves(_template(config)), config["model"], tell=tell)
+    return loaded, Backbone(config["model"], loaded.values, config["freeze"]["features"])
+
+
+def _load_weights(setup: Setup) -> tuple[Setup, Backbone]:
+    """Adds to the setup the features' key, and what the file holds of the part that is trained."""
+    loaded, backbone = load_backbone(setup.config)
     tail = {name: x for name, x in loaded.values.items() if name not in backbone.values}
     setup = dataclasses.replace(
         setup,
@@ -173,27 +181,40 @@ def check_features(config: Mapping[str, Any]) -> None:
         )
 
 
-def feature_splits(setup: Setup, backbone: Backbone, stop: StopSignal) -> dict[str, Split] | None:
-    """Gives the splits with features for images, computed where they are not in the cache.
+def feature_splits(
+    config: Mapping[str, Any],
+    data: Dataset,
+    splits: Mapping[str, Split],
+    backbone: Backbone,
+    stop: StopSignal,
+) -> dict[str, Split] | None:
+    """Gives splits features for images, computed where they are not in the cache.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      data: the images.
+      splits: some of theirs.
+      backbone: which computes them.
+      stop: ends it early.
 
     Returns:
-      As `setup.splits`, float32 [N, h, w, C]; None if a signal cut their computation short.
+      The splits, float32 [N, h, w, C]; None if a signal cut the computation short.
 
     Raises:
       UserError: damaged features, too small a disk, or a cache in use.
     """
-    data, splits = setup.data, setup.splits
     images = {"train": data.train_images}
-    if splits["test"].images is data.test_images:
+    if "test" in splits and splits["test"].images is data.test_images:
         images["test"] = data.test_images
-    cache = FeatureCache(setup.config["data"]["directory"], setup.features)
+    key = feature_key(config, backbone, images_sha256=data.sha256)
+    cache = FeatureCache(config["data"]["directory"], key)
     shapes = {name: backbone.shape(pixels) for name, pixels in images.items()}
     found = {name: cache.read(name, shape) for name, shape in shapes.items()}
     missing = [name for name in images if found[name] is None]
     if missing:
         cache.check_space(shapes)
         tell(f"features go to {cache.folder}")
-    batch_size = setup.config["eval_batch_size"]
+    batch_size = config["eval_batch_size"]
     for name in missing:
 
         def compute(start: int, name: str = name) -> Iterator[np.ndarray]:

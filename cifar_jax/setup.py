@@ -1,7 +1,8 @@
 """What a run starts from, made from its configuration: images, plan, optimizer, structures."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -10,11 +11,11 @@ from flax import nnx
 
 from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, fingerprint, make_splits
-from cifar_jax.errors import tell
+from cifar_jax.errors import UserError, tell
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.optim import OptimizerConfig, has_groups, make_optimizer, make_schedule
 from cifar_jax.parallel import check_batch_size
-from cifar_jax.phases import Phase
+from cifar_jax.phases import FREEZE, PROGRESSIVE, Phase
 from cifar_jax.plan import Plan, make_plan
 from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recipe import Recipe
@@ -49,6 +50,22 @@ class Setup:
         }
 
 
+def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, dict[str, Split]]:
+    """Finds the images of `config.data` and says which are for what.
+
+    Raises:
+      UserError: without the images, or for splits that they do not allow.
+    """
+    data = load(config["data"]["source"], config["data"]["directory"])
+    splits = make_splits(
+        data,
+        protocol=config["data"]["protocol"],
+        seed=config["data"]["split_seed"],
+        images_a_class=config["data"]["images_a_class"],
+    )
+    return data, splits
+
+
 def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     """Finds the images and plans the run; nothing is written, and no weights are drawn or read.
 
@@ -59,22 +76,17 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     Raises:
       UserError: without the images, or for numbers that do not fit them.
     """
-    data = load(config["data"]["source"], config["data"]["directory"])
-    splits = make_splits(
-        data,
-        protocol=config["data"]["protocol"],
-        seed=config["data"]["split_seed"],
-        images_a_class=config["data"]["images_a_class"],
-    )
+    data, splits = load_splits(config)
     for key in ("batch_size", "eval_batch_size"):
         check_batch_size(config[key], key=key)
     plan = make_plan(config, train_count=len(splits["train"]))
     optimizer = OptimizerConfig(**config["optimizer"])
     steps_an_update = optimizer.accumulate
+    _check_accumulation(plan, steps_an_update)
     schedule = make_schedule(
         optimizer.learning_rate,
         name=config["schedule"]["name"],
-        warmup=plan.warmup // steps_an_update,
+        warmup=math.ceil(plan.warmup / steps_an_update),
         steps=plan.total // steps_an_update,
         final_fraction=config["schedule"]["final_fraction"],
     )
@@ -101,11 +113,24 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     )
 
 
+def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
+    """Refuses a run or phase that would end between two updates."""
+    ends = {"config.train_for": plan.total}
+    ends |= {f"{FREEZE} and {PROGRESSIVE}": phase.start for phase in plan.phases}
+    for key, step in ends.items():
+        if step % steps_an_update:
+            raise UserError(
+                f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
+                f"{step}, the steps up to an end in {key}"
+            )
+
+
 def title(setup: Setup) -> str:
     """Returns the title of the run's figure."""
     config, data = setup.config, setup.data
     sample = f"; SAMPLE of {len(data.train_images):,} images" if data.is_sample else ""
-    model = config["model"]["name"] + (", frozen backbone" if setup.features else "")
+    frozen = f", frozen up to {config['freeze']['features']}" if setup.features else ""
+    model = config["model"]["name"] + frozen
     return f"{model} on CIFAR-10, {config['data']['protocol']} splits{sample}"
 
 

@@ -37,9 +37,9 @@ def _structure(create: CreateModel, config: Mapping[str, Any], phase: Phase) -> 
     _check_patterns(model, phase)
     if config["freeze"]["batch_norm"] == "frozen":
         for path, module in nnx.iter_modules(model):
-            name = ".".join(map(str, (*path, "scale")))
-            if isinstance(module, BatchNorm) and is_frozen(name, phase.frozen):
-                module.frozen = True
+            names = (".".join(map(str, (*path, leaf))) for leaf in ("scale", "bias"))
+            if isinstance(module, BatchNorm):
+                module.frozen = all(is_frozen(name, phase.frozen) for name in names)
     return split_model(model)[0]
 
 

@@ -16,17 +16,18 @@ The file is TOML: a table for each run, with its name and the fields that it set
     optimizer.learning_rate = 0.001
 
 Every run has a folder in WORKDIR and is what its own command would have made, but that the test
-split is left unread: the ranking in WORKDIR/sweep.md is by validation alone. The same command goes
-on where a stopped one left off. Read the test split once, with cifar_jax.evaluate on the winner.
+split is left unread: the ranking in WORKDIR/sweep.md is by validation alone, at the end of each
+run. The same command goes on where a stopped one left off. Read the test split of the winner, once:
+python -m cifar_jax.evaluate --workdir=WORKDIR/NAME --split=test
 """
 
 import argparse
+import re
 import shlex
-import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
 
 
 def _arguments(path: Path, name: str, table: Any) -> list[str]:
-    if not isinstance(table, dict) or Path(name).name != name or name.startswith("."):
+    if not isinstance(table, dict) or not re.fullmatch(r"\w[\w.-]*", name) or name == RANKING_NAME:
         raise UserError(f'{path}: "{name}" is no table with the name of a folder; see --help')
     command = table.pop("command", COMMANDS[0])
     if command not in COMMANDS:
@@ -75,26 +76,28 @@ def _fields(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, tuple(value) if isinstance(value, list) else value
 
 
-def run_all(runs: Mapping[str, list[str]], config: str, workdir: Path) -> int:
+def run_all(runs: Mapping[str, list[str]], config: str, workdir: Path) -> set[str]:
     """Makes every run in a process of its own; a failed one is told, and the next one starts.
 
     Returns:
-      The number of failed runs.
+      The names of the failed runs.
 
     Raises:
       SystemExit: with 128 + signal, after a signal has ended the present run in order.
     """
-    failed = 0
+    failed = set()
     for number, (name, (module, *flags)) in enumerate(runs.items(), start=1):
         command = [sys.executable, "-m", module, f"--config={config}"]
         command += [f"--workdir={workdir / name}", *flags, "--config.test=False"]
         tell(f"run {number}/{len(runs)}: {shlex.join(command[1:])}")
         with StopSignal() as stop:
-            code = _wait(subprocess.Popen(command, stdout=subprocess.DEVNULL), stop)
+            # In a session of its own, so that each signal reaches it once, from here.
+            process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+            code = _wait(process, stop)
         if stop.received is not None:
             sys.exit(128 + stop.received)
         if code:
-            failed += 1
+            failed.add(name)
             tell(f"{name}: ended with exit code {code}")
     return failed
 
@@ -105,31 +108,33 @@ def _wait(process: subprocess.Popen, stop: StopSignal) -> int:
         try:
             return process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            # A terminal's Ctrl-C has reached the run too; told twice, it would not save.
-            if stop.received not in (None, signal.SIGINT) and not passed_on:
+            if stop.received is not None and not passed_on:
                 process.send_signal(stop.received)
                 passed_on = True
 
 
-def rank(names: Sequence[str], workdir: Path) -> str:
-    """Returns a Markdown table of the runs, the best on validation first."""
+def rank(names: Sequence[str], workdir: Path, *, failed: Collection[str] = ()) -> str:
+    """Returns a Markdown table of the runs, the best on validation at its end first.
+
+    Those that failed stand last: what their folders hold may be of another recipe.
+    """
     rows = []
     for name in names:
-        folder = workdir / name
-        evaluations = evaluation_rows(read_rows(folder)) if folder.is_dir() else []
+        evaluations = [] if name in failed else evaluation_rows(read_rows(workdir / name))
         best = max(evaluations, key=lambda row: row["validation_accuracy"], default=None)
         last = evaluations[-1] if evaluations else None
         rows.append((name, best, last))
-    rows.sort(key=lambda row: row[1]["validation_accuracy"] if row[1] else -1, reverse=True)
-    lines = ["| run | best validation | at epoch | last validation | training minutes |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    rows.sort(key=lambda row: row[2]["validation_accuracy"] if row[2] else -1, reverse=True)
+    lines = ["| run | validation | at epoch | best validation | at epoch | training minutes |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for name, best, last in rows:
-        cells = [name, "-", "-", "-", "-"]
+        cells = [name, "failed" if name in failed else "-", "-", "-", "-", "-"]
         if best and last:
             cells[1:] = [
+                f"{last['validation_accuracy']:.4f}",
+                f"{last['epoch']:g}",
                 f"{best['validation_accuracy']:.4f}",
                 f"{best['epoch']:g}",
-                f"{last['validation_accuracy']:.4f}",
                 f"{last['train_seconds'] / 60:.1f}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -149,14 +154,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with exit_on_user_error():
         runs = read_sweep(options.sweep)
+        if not Path(options.config).expanduser().is_file():
+            raise UserError(f"--config={options.config}: no such file")
         workdir = options.workdir.expanduser()
         failed = run_all(runs, options.config, workdir)
-        table = rank(list(runs), workdir)
+        table = rank(list(runs), workdir, failed=failed)
         if workdir.is_dir():
             write_atomically(workdir / RANKING_NAME, table.encode() + b"\n")
         print(table)
         if failed:
-            raise RunError(f"{failed} of {len(runs)} runs failed; what they said stands above")
+            raise RunError(f"{len(failed)} of {len(runs)} runs failed; what they said stands above")
 
 
 if __name__ == "__main__":

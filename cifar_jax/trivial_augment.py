@@ -105,9 +105,10 @@ def affine(image: jax.Array, matrix: jax.Array, offset: jax.Array) -> jax.Array:
 
 
 def shear(image: jax.Array, strength: jax.Array, *, axis: int) -> jax.Array:
-    """Shears along x (axis 0) or y, by up to 0.99 pixel a pixel."""
-    matrix = jnp.eye(2).at[axis, 1 - axis].set(-0.99 * strength)
-    return affine(image, matrix, jnp.zeros(2))
+    """Shears along x (axis 0) or y, by up to 0.99 pixel a pixel; the top left corner stays."""
+    slope = -0.99 * strength
+    matrix = jnp.eye(2).at[axis, 1 - axis].set(slope)
+    return affine(image, matrix, jnp.zeros(2).at[axis].set(slope * image.shape[axis] / 2))
 
 
 def translate(image: jax.Array, strength: jax.Array, *, axis: int) -> jax.Array:

@@ -11,7 +11,7 @@ def get_config() -> ml_collections.ConfigDict:
     """Returns the shared defaults, unlocked, for a run's own file to complete."""
     config = ml_collections.ConfigDict()
 
-    config.seed = 0  # initial weights, order of the images, dropout
+    config.seed = 0  # initial weights, order of the images, dropout, augmentation
     config.train_for = "10 epochs"
     config.batch_size = 32  # images a step
     config.steps_per_call = 1  # steps in one compiled call (Keras: steps_per_execution)
@@ -61,7 +61,8 @@ def get_config() -> ml_collections.ConfigDict:
     freeze = config.freeze = ml_collections.ConfigDict()
     freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
     #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
-    freeze.batch_norm = "frozen"  # norms in them keep their statistics; "train": as the others do
+    freeze.batch_norm = "frozen"  # norms whose scale and bias are frozen keep their statistics;
+    #                               "train": they do as the others
 
     freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4"; its
     #                             maps are cached, and what follows is trained on them

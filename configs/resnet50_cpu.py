@@ -1,4 +1,4 @@
-"""Reaches the notebook's accuracy on two CPU cores: small images first, 5 epochs.
+"""Meant to reach the notebook's accuracy on two CPU cores: small images first, 5 epochs.
 
     python -m cifar_jax.main --config=configs/resnet50_cpu.py --workdir=runs/resnet50_cpu
 

@@ -24,19 +24,14 @@ def enhance(kind):
 
 
 def transform(matrix):
-    """Pillow's matrix is about the corner; ours, a function of the strength, about the centre."""
-
-    def apply(image, strength):
-        a, b, x, d, e, y = matrix(strength)
-        x, y = x + 16 - a * 16 - b * 16, y + 16 - d * 16 - e * 16
-        return image.transform((32, 32), Image.Transform.AFFINE, (a, b, x, d, e, y))
-
-    return apply
+    """About the top left corner, as Pillow's matrix is."""
+    return lambda image, s: image.transform((32, 32), Image.Transform.AFFINE, matrix(s))
 
 
 def turn(strength):
-    angle = np.deg2rad(135 * strength)
-    return np.cos(angle), -np.sin(angle), 0, np.sin(angle), np.cos(angle), 0
+    """About the centre."""
+    cos, sin = (f(np.deg2rad(135 * strength)) for f in (np.cos, np.sin))
+    return cos, -sin, 16 - 16 * cos + 16 * sin, sin, cos, 16 - 16 * sin - 16 * cos
 
 
 PILLOW = {
@@ -89,14 +84,21 @@ def test_strength_changes_what_it_should(images):
         assert (name in still) == np.array_equal(weak, strong), name
 
 
-def test_every_operation_is_drawn(images):
-    """2,000 draws of one image: each operation moves it as often as chance has it."""
-    image = images[0].astype(np.float32)
-    drawn = np.asarray(jax.jit(jax.vmap(trivial_augment, (0, None)))(keys(2000), image))
-    unchanged = np.mean([np.array_equal(x, image) for x in drawn])
-    # Identity alone is 1/14; strength 0 adds 1/31 of the rest, and some draws move nothing.
-    assert 1 / 14 < unchanged < 0.25
-    assert len({x.tobytes() for x in drawn}) > 300
+def test_every_operation_and_strength_is_drawn_alike(monkeypatch):
+    """7,000 draws: 500 of each operation, by their standard deviation of 22; 61 strengths."""
+
+    def number(n):
+        return lambda image, strength: jnp.full_like(image, n).at[0, 0, 0].set(strength)
+
+    for n, name in enumerate(list(OPERATIONS)):
+        monkeypatch.setitem(OPERATIONS, name, number(n))
+    image = jnp.zeros((2, 2, 3))
+    drawn = np.asarray(jax.jit(jax.vmap(trivial_augment, (0, None)))(keys(7000), image))
+    counts = np.bincount(drawn[:, 1, 1, 0].astype(int), minlength=len(OPERATIONS))
+    assert (abs(counts - 500) < 5 * 22).all()
+    strengths, times = np.unique(np.round(30 * drawn[:, 0, 0, 0]), return_counts=True)
+    np.testing.assert_array_equal(strengths, np.arange(-30, 31))
+    assert (np.delete(times, 30) > 60).all()  # of 113; 0 comes twice as often
 
 
 def test_crop_moves_and_fills_with_zeros(images):

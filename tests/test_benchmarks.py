@@ -9,7 +9,7 @@ from flax import nnx
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar_jax.models.resnet50 import ResNet50
-from experiments.benchmarks import limit, peers, resnet
+from experiments.benchmarks import limit, peers, resnet, scaling
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.job import Job
 from experiments.benchmarks.plain import PlainBackbone
@@ -198,3 +198,16 @@ def test_a_compiled_program_is_read_whole():
     assert (counts["convolution"], counts["dot"]) == (1, 1)
     assert {"convolution", "dot"} <= set(program.kinds().values())
     assert sum(counts.values()) == text.count(" = ") - text.count("metadata_only = ")
+
+
+def test_of_each_kind_one_setting_varies():
+    for kind in scaling.VALUES:
+        for setting in scaling.settings_of(kind):
+            others = {key for key in scaling.USUAL if setting[key] != scaling.USUAL[key]} - {kind}
+            assert others <= ({"batch"} if setting["size"] >= scaling.LARGE else set())
+
+
+def test_the_memory_held_is_seen_to_grow():
+    before = scaling.resident_mb()
+    block = np.ones(8_000_000)
+    assert 60 < scaling.resident_mb() - before < 70 + block[0]

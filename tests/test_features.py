@@ -18,11 +18,12 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from cifar_jax import features, main, predict, probe
+from cifar_jax import features, knn, main, predict, probe
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
 from cifar_jax.config import flatten, to_dict
 from cifar_jax.data.content import aligned
+from cifar_jax.data.splits import make_splits
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.feature_cache import FeatureCache
@@ -43,6 +44,7 @@ from cifar_jax.trained import load_trained
 from configs import common, resnet50_probe
 from tests.references import weights
 from tests.runs import ROOT, assert_same_run
+from tests.test_knn import reference as knn_reference
 
 COUNT = 104  # of the sample's images: 76 train, 8 validate, 20 test
 BATCH = 16
@@ -735,11 +737,11 @@ def test_killed_while_features_are_computed(module_config, tmp_path):
     assert_same_run(tmp_path / "run_b", tmp_path / "run_a")
 
 
-@pytest.mark.parametrize("part", ["stem", "stage3"])
-def test_a_cached_prefix_trains_what_follows(module_config, small_data, tmp_path, part):
+@pytest.mark.parametrize(("part", "batch_norm"), [("stem", "frozen"), ("stage3", "train")])
+def test_a_cached_prefix_trains_what_follows(module_config, small_data, tmp_path, part, batch_norm):
     """Step for step what the same run does on images, with that prefix frozen by name."""
     own = {"freeze__features": part, "data__directory": str(tmp_path / "data")}
-    own |= {"train_for": "2 steps", "evaluate_every": "2 steps", "model__batch_norm": "frozen"}
+    own |= {"train_for": "2 steps", "evaluate_every": "2 steps", "model__batch_norm": batch_norm}
     cached = changed(module_config, **own)
     prefix = " ".join(PARTS[: PARTS.index(part) + 1])
     own |= {"freeze__features": "stage4", "freeze__layers": prefix}
@@ -749,9 +751,33 @@ def test_a_cached_prefix_trains_what_follows(module_config, small_data, tmp_path
         train_and_evaluate(direct, tmp_path / "direct"),
     ]
     ends = [read_checkpoint(tmp_path / name, 2)[0] for name in ("cached", "direct")]
-    start = {name: ends[1][name] for name in ends[1] if name.startswith("params.")}
-    assert ends[0].keys() >= start.keys()
-    for name, expected in start.items():
+    parts = ("params.", "batch_stats.")
+    of_model = {name: x for name, x in ends[1].items() if name.startswith(parts)}
+    assert ends[0].keys() >= of_model.keys()
+    for name, expected in of_model.items():
         np.testing.assert_allclose(ends[0][name], expected, rtol=1e-4, atol=1e-5, err_msg=name)
     accuracies = [result.record["result"]["test_accuracy"] for result in results]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.051)  # one of 20 images
+
+
+def test_neighbours_are_found_among_cached_features(
+    module_config, small_data, tmp_path, monkeypatch
+):
+    """Against a loop over the same features; the test split is only read when asked for."""
+    monkeypatch.setattr(Backbone, "_program", staticmethod(quick_program))
+    config = changed(module_config, data__directory=str(tmp_path))
+    found = knn.evaluate_knn(config, (1, 7), test=True)
+    splits = make_splits(small_data, protocol="notebook", seed=42)
+    splits = {n: dataclasses.replace(s, images=quick_program(s.images)) for n, s in splits.items()}
+    expected = {k: knn_reference(splits["train"], splits["validation"], k) for k in (1, 7)}
+    assert found["validation"] == pytest.approx(expected)
+    best = max((1, 7), key=expected.get)
+    assert found["test"] == pytest.approx(
+        {best: knn_reference(splits["train"], splits["test"], best)}
+    )
+    assert knn.evaluate_knn(module_config, (1,), test=False).keys() == {"validation"}
+
+
+def test_neighbours_need_pooled_features(module_config):
+    with pytest.raises(UserError, match='config.model.head is "flatten"; neighbours need "pooled"'):
+        knn.evaluate_knn(changed(module_config, model__head="flatten"), (1,), test=False)

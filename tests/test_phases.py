@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import config as configuration
-from cifar_jax.checkpoint import read_checkpoint
+from cifar_jax.checkpoint import find_step, read_checkpoint
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.models import resnet50 as network
@@ -35,7 +35,33 @@ def test_both_texts_cut_the_run():
 
 def test_without_an_end_it_is_the_whole_run():
     assert phases("stem") == [Phase(0, 4, ("stem",))]
-    assert phases(progressive="2 until 20 epochs") == [Phase(0, 2, ())]
+    found = phases("backbone until 20 epochs, stem", "2 until 5 epochs")  # of 10 epochs
+    assert found == [Phase(0, 2, ("backbone",)), Phase(50, 4, ("backbone",))]
+
+
+def test_a_run_that_never_sees_its_own_size_is_refused():
+    with pytest.raises(UserError, match="the run ends after 100 steps, before it has seen"):
+        phases(progressive="2 until 10 epochs")
+
+
+def test_adam_does_not_thaw():
+    config = resnet50_laptop.get_config()
+    config.optimizer.name, config.freeze.layers = "adamw", "backbone until 1 epoch"
+    with pytest.raises(UserError, match='use "sgd" or "rmsprop"'):
+        configuration.check(config)
+    config.freeze.layers = "backbone"
+    configuration.check(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("optimizer.layer_decay", 0.8), ("optimizer.head_rate", 3.0), ("model.test_time_flip", True)],
+)
+def test_an_mlp_has_no_groups(key, value):
+    config = mlp.get_config()
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"config.{key} is {value}; only a resnet50"):
+        configuration.check(config)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +123,13 @@ def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
     trained = load_trained(tmp_path)
     assert trained.model.upsampling == 2 and trained.model.test_time_flip
     again = evaluate(tmp_path, split="test", checkpoint="latest")
-    assert again["accuracy"] == pytest.approx(whole.record["result"]["test_accuracy"])
+    assert again["loss"] == pytest.approx(whole.record["result"]["test_loss"], rel=1e-5)
+    arrays = read_checkpoint(tmp_path, 8)[0]
+    head = np.asarray(trained.model.head.logits.kernel)
+    assert np.array_equal(head, arrays["ema.params.head.logits.kernel"])
+    assert not np.array_equal(head, arrays["params.head.logits.kernel"])
+    # The best is of the last size: of the two evaluations the second.
+    assert find_step(tmp_path, "best") == 8
 
 
 @pytest.mark.slow

@@ -11,16 +11,20 @@ import pytest
 import torch
 from flax import nnx
 
-from cifar_jax.augment import Augment
+from cifar_jax.augment import Augment, augment
+from cifar_jax.config import to_dict
+from cifar_jax.errors import UserError
 from cifar_jax.losses import cross_entropy
 from cifar_jax.models import resnet50 as network
 from cifar_jax.models.mlp import MLP
+from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 from cifar_jax.phases import Phase
 from cifar_jax.recipe import Recipe
+from cifar_jax.setup import set_up
 from cifar_jax.state import create_state, named_leaves
-from cifar_jax.steps import eval_step, train_step
+from cifar_jax.steps import eval_step, example_keys, train_step
 from cifar_jax.structures import make_structures
 from tests.test_optim import BASE
 
@@ -109,12 +113,44 @@ def test_accumulated_steps_are_one_of_the_big_batch(batch):
 
 
 def test_augmented_and_mixed_images_are_what_is_trained_on(batch):
-    """With nothing left of the image but its partner's, a step is that of the partners."""
-    plain, _ = train_step(mlp_state(), batch(0, 8))
-    recipe = Recipe(augment=Augment(cutmix=1.0, flip=True))
-    mixed, metrics = train_step(mlp_state(recipe), batch(0, 8))
-    assert int(metrics.count) == 8 and np.isfinite(metrics.loss)
-    assert not jax.tree.all(jax.tree.map(np.array_equal, plain.params, mixed.params))
+    """The update is the gradient of the smoothed loss on what `augment` gives, by hand."""
+    config = Augment(cutmix=1.0, flip=True)
+    state, real = mlp_state(Recipe(augment=config, label_smoothing=0.1)), batch(0, 8)
+    found, metrics = train_step(state, real)
+    keys = example_keys(state, 8, None)
+    images, targets = augment(real["image"], real["label"], keys, config)
+
+    def loss(params):
+        model = nnx.merge(state.graphdef, params, state.batch_stats)
+        smoothed = 0.9 * targets + 0.1 / 10
+        log_probabilities = jax.nn.log_softmax(model(images, train=True))
+        return -jnp.mean(jnp.sum(smoothed * log_probabilities, axis=-1))
+
+    value, gradients = jax.value_and_grad(loss)(state.params)
+    assert float(metrics.loss) / 8 == pytest.approx(float(value), rel=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.1 * g, state.params, gradients)
+    for ours, theirs in zip(*map(jax.tree.leaves, (found.params, expected)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_configuration_reaches_the_step(small_config):
+    small_config.label_smoothing, small_config.ema_decay = 0.1, 0.9
+    small_config.augment.flip, small_config.augment.mixup = True, 0.2
+    small_config.optimizer.accumulate, small_config.schedule.warmup = 3, "10 steps"
+    plain = to_dict(small_config)
+    setup = set_up(plain, lambda model: create_model(model, seed=0))
+    recipe = setup.template.recipe
+    assert recipe.augment == Augment(flip=True, mixup=0.2)
+    assert (recipe.label_smoothing, recipe.ema_decay) == (0.1, 0.9)
+    # 4 updates of warm-up, each after 3 steps.
+    rates = [float(setup.schedule(step)) for step in (0, 2, 3, 11, 12, 13)]
+    assert rates == pytest.approx([0, 0, 0.25e-3, 0.75e-3, 1e-3, 1e-3])
+
+
+def test_a_run_that_ends_between_two_updates_is_refused(small_config):
+    small_config.optimizer.accumulate = 4  # of 90 steps
+    with pytest.raises(UserError, match="expected a divisor of 90, the steps up to an end in"):
+        set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", *MORE])

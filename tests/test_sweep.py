@@ -51,13 +51,13 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     sweep.main([*files, f"--workdir={workdir}"])
     table = capfd.readouterr().out.strip()
     assert table == (workdir / "sweep.md").read_text().strip()
-    best = {
-        name: max(row["validation_accuracy"] for row in evaluation_rows(read_rows(workdir / name)))
+    last = {
+        name: evaluation_rows(read_rows(workdir / name))[-1]["validation_accuracy"]
         for name in ("slow", "fast")
     }
-    first, second = sorted(best, key=best.get, reverse=True)
+    first, second = sorted(last, key=last.get, reverse=True)
     rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
-    assert rows == [[f"| {name}", f"{best[name]:.4f}"] for name in (first, second)]
+    assert rows == [[f"| {name}", f"{last[name]:.4f}"] for name in (first, second)]
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
         record = records(workdir)[name]
         assert record["config"]["optimizer"]["learning_rate"] == rate
@@ -77,8 +77,9 @@ def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, mo
     assert [line.split(" | ")[0] for line in told.out.splitlines()[2:]] == ["| right", "| wrong"]
 
 
-def test_a_stopped_sweep_goes_on(files, tmp_path):
-    """SIGTERM during the first run: it saves; the same command then makes both."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_sweep_goes_on(files, tmp_path, number):
+    """A signal to the sweep alone, during the first run: that saves; then both are made."""
     (tmp_path / "sweep.toml").write_text(
         SWEEP.replace("[slow]", '[slow]\ntrain_for = "400 epochs"')
     )
@@ -89,9 +90,9 @@ def test_a_stopped_sweep_goes_on(files, tmp_path):
     until = time.monotonic() + 120
     while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < until:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, told = process.communicate(timeout=120)
-    assert process.returncode == 128 + signal.SIGTERM, told
+    assert process.returncode == 128 + number, told
     assert "stopped and saved" in told and not (workdir / "fast").exists()
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
@@ -106,6 +107,8 @@ def test_a_stopped_sweep_goes_on(files, tmp_path):
         ("", "no runs in it"),
         ("rate = 1", '"rate" is no table with the name of a folder'),
         ('["../a"]\nseed = 1', '"../a" is no table with the name of a folder'),
+        ('[""]\nseed = 1', '"" is no table'),
+        ('["sweep.md"]\nseed = 1', '"sweep.md" is no table'),
         ('[a]\ncommand = "rm"', 'a.command is "rm"; expected main or features'),
     ],
 )
