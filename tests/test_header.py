@@ -43,7 +43,7 @@ FORGED = "MIT\n  loaded         320 tensors"
         *({"variant": value} for value in ("resnet", None, ["keras"])),
         *({"preprocessing": value} for value in ("none", None, {}, 1)),
         *({"head": value} for value in ("mlp", "", False, ["flatten"])),
-        *({"upsampling": value} for value in (0, 3, 16, -8, True, 2.0, "2", [2], float("nan"))),
+        *({"upsampling": value} for value in (0, 9, 16, -8, True, 2.0, "2", [2], float("nan"))),
         *({"interpolation": value} for value in ("bicubic", "", 0, {})),
         *({"initial": value} for value in ("a", 1, False, [])),
         *({name: 7} for name in ("source", "sha256", "md5", "naming", "license")),
@@ -84,7 +84,7 @@ def values():
     [
         ({"head": "pooled"}, "damaged header: head pooled, its tensors have flatten"),
         ({"upsampling": 4}, "damaged header: upsampling 4, its tensors have 2"),
-        ({"upsampling": 3}, "damaged header: upsampling 3"),
+        ({"upsampling": 9}, "damaged header: upsampling 9"),
     ],
 )
 def test_a_header_that_is_not_the_tensors_is_told_to_predict(
@@ -107,11 +107,11 @@ def test_what_the_tensors_show_a_header_need_not_say(values, tmp_path):
 def test_a_head_on_maps_that_no_upsampling_gives_is_told(values, tmp_path):
     norm = {name for name in values if name.startswith("head.norm1.")}
     wide = {
-        name: np.resize(array, (9 * 2048, *array.shape[1:]))
+        name: np.resize(array, (81 * 2048, *array.shape[1:]))
         if name in norm | {"head.dense1.kernel"}
         else array
         for name, array in values.items()
     }
     ours.write(tmp_path / "a.safetensors", wide, HEADER)
-    with pytest.raises(UserError, match="its head reads maps of 3 x 3, expected one of 1 x 1, 2"):
+    with pytest.raises(UserError, match="its head reads maps of 9 x 9, expected one of 1 x 1, 2"):
         port.read(tmp_path / "a.safetensors")

@@ -20,6 +20,12 @@ optimizer.learning_rate = 1e-5
 optimizer.learning_rate = 1e-3
 model.hidden_sizes = [32, 16]
 """
+# Long enough to be stopped on its way, and quick to end afterwards.
+LONG = """train_for = "150 epochs"
+evaluate_every = "50 epochs"
+log_every = "1 epoch"
+checkpoint_every = "50 epochs"
+"""
 CONFIG = """
 from configs import mlp
 
@@ -77,12 +83,12 @@ def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, mo
     assert [line.split(" | ")[0] for line in told.out.splitlines()[2:]] == ["| right", "| wrong"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     """A signal to the sweep alone, during the first run: that saves; then both are made."""
-    (tmp_path / "sweep.toml").write_text(
-        SWEEP.replace("[slow]", '[slow]\ntrain_for = "400 epochs"')
-    )
+    (tmp_path / "sweep.toml").write_text(SWEEP.replace("[slow]", "[slow]\n" + LONG))
     workdir = tmp_path / "runs"
     command = [sys.executable, "-m", "cifar_jax.sweep", *files, f"--workdir={workdir}"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -97,7 +103,7 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     starts = [start["step"] for start in records(workdir)["slow"]["starts"]]
-    assert len(starts) == 2 and 0 < starts[1] < 400 * 45
+    assert len(starts) == 2 and 0 < starts[1] < 150 * 45
 
 
 @pytest.mark.parametrize(
