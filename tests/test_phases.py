@@ -132,9 +132,9 @@ def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [1, 4, 5])
+@pytest.mark.parametrize("at", [5, 6])
 def test_a_run_resumed_in_any_phase_ends_the_same(config, tmp_path, at):
-    """Stopped in the first of three phases, at an edge with its evaluation, and in the second."""
+    """Stopped within the second of three phases, and at its end."""
     config.freeze.layers = "backbone until 4 steps, stem stage1 until 6 steps"
     config.schedule.name, config.checkpoint_every = "constant", "1 step"
     stopped = config.copy_and_resolve_references()
