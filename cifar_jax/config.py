@@ -196,6 +196,20 @@ def check(config: ml_collections.ConfigDict) -> None:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
 
 
+def check_version(saved: Mapping[str, Any], *, workdir: str) -> None:
+    """Refuses a checkpoint whose configuration has not the fields that there are now.
+
+    Raises:
+      UserError: naming them and the workdir.
+    """
+    other = sorted(RULES.keys() ^ dict(flatten(saved)).keys())
+    if other:
+        raise UserError(
+            f"{workdir} is of another version of cifar_jax, whose configuration differs in "
+            f"{', '.join(other)}; use that version, or another --workdir"
+        )
+
+
 def check_same_run(config: Mapping[str, Any], saved: Mapping[str, Any], *, workdir: str) -> None:
     """Refuses to go on with a checkpoint that another configuration made.
 
@@ -205,8 +219,9 @@ def check_same_run(config: Mapping[str, Any], saved: Mapping[str, Any], *, workd
       workdir: named in the message.
 
     Raises:
-      UserError: listing every key that differs and may not.
+      UserError: listing every key that differs and may not; for a run of another version.
     """
+    check_version(saved, workdir=workdir)
     ours, theirs = dict(flatten(config)), dict(flatten(saved))
     free = MAY_CHANGE | ({"train_for"} if ours["schedule.name"] == "constant" else set())
     differing = [

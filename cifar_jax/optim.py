@@ -54,6 +54,11 @@ def make_schedule(
     )
 
 
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Returns the name of a leaf of nested dictionaries: "stage1.block2.conv1.kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
 def is_kernel(path: tuple[Any, ...], _: Any) -> bool:
     """Tells kernels from biases and norm scales, by name: only kernels are decayed."""
     return getattr(path[-1], "key", None) == "kernel"
@@ -117,7 +122,4 @@ def rate_of(group: str, config: OptimizerConfig) -> float:
 
 def _scale_by_group(updates: Any, config: OptimizerConfig) -> Any:
     rates = {group: rate_of(group, config) for group in GROUPS}
-    return jax.tree.map_with_path(
-        lambda path, x: x * rates[group_of(jax.tree_util.keystr(path, simple=True, separator="."))],
-        updates,
-    )
+    return jax.tree.map_with_path(lambda path, x: x * rates[group_of(leaf_name(path))], updates)

@@ -34,8 +34,9 @@ from cifar_jax.train import Result, run
 from cifar_jax.workdir import check_workdir
 
 HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
-PER_STEP = ("progressive", "freeze.layers", "model.test_time_flip")
-NO_VALUES = (False, 0, "", "none")
+# Beside the augmentations, what features that are computed once have no use for, unless it is off.
+NOT_WITH_FEATURES = ("progressive", "freeze.layers", "model.test_time_flip")
+OFF = (False, 0, "", "none")
 FORMAT_VERSION = 1  # of the features: another one makes them anew
 
 
@@ -164,10 +165,12 @@ def check_features(config: Mapping[str, Any]) -> None:
       UserError: naming the key.
     """
     for key, value in configuration.flatten(config):
-        # Features are those of one size, without augmentation.
-        is_per_step = key.split(".")[0] == "augment" or key in PER_STEP
-        if is_per_step and value not in NO_VALUES:
-            raise UserError(f"config.{key} is {value!r}; features are computed once, without it")
+        is_useless = key.split(".")[0] == "augment" or key in NOT_WITH_FEATURES
+        if is_useless and value not in OFF:
+            raise UserError(
+                f"config.{key} is {value!r}; features are computed once, of each image as it is, "
+                "by what config.freeze.features names"
+            )
     config = config["model"]
     if config["name"] != "resnet50":
         raise UserError(

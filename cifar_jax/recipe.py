@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from cifar_jax.augment import Augment
+from cifar_jax.optim import leaf_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,4 @@ def is_frozen(name: str, patterns: Iterable[str]) -> bool:
 
 def where_frozen(params: Any, patterns: Iterable[str]) -> Any:
     """Returns a tree like `params` of bools: True where a parameter is frozen."""
-    return jax.tree.map_with_path(
-        lambda path, _: is_frozen(jax.tree_util.keystr(path, simple=True, separator="."), patterns),
-        params,
-    )
+    return jax.tree.map_with_path(lambda path, _: is_frozen(leaf_name(path), patterns), params)

@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 
 from cifar_jax.errors import UserError
+from cifar_jax.optim import leaf_name
 from cifar_jax.recipe import Recipe
 
 MODEL_PARTS = ("params", "batch_stats")
@@ -109,7 +110,7 @@ def count_parameters(state: TrainState) -> int:
 def named_leaves(tree: Any) -> dict[str, Any]:
     """Returns the leaves of a tree as {"params.dense1.kernel": leaf, ...}, in the tree's order."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+    return {leaf_name(path): leaf for path, leaf in leaves}
 
 
 def to_arrays(tree: Any) -> dict[str, np.ndarray]:

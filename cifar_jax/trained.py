@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from cifar_jax import config as configuration
 from cifar_jax.checkpoint import find_step, read_checkpoint
 from cifar_jax.errors import UserError
 from cifar_jax.labels import CLASS_NAMES
@@ -80,6 +81,7 @@ def _load_run(workdir: str | os.PathLike, checkpoint: str) -> Trained:
     workdir = pathlib.Path(workdir).expanduser().absolute()  # orbax insists
     step = find_step(workdir, checkpoint)
     arrays, extra = read_checkpoint(workdir, step)
+    configuration.check_version(extra["config"], workdir=str(workdir))
     model_config = extra["config"]["model"]
     abstract = nnx.eval_shape(lambda: create_model(model_config, seed=0))
     graphdef, template = split_model(abstract)

@@ -25,7 +25,25 @@ def get_config() -> ml_collections.ConfigDict:
     config.execution = "jit"  # "jit": one sharded program; "pmap": one program a device
     config.matmul_precision = "highest"  # "default" lets a GPU or TPU round its inputs
 
-    data = config.data = ml_collections.ConfigDict()
+    config.data = _data()
+    config.model = _model()
+
+    config.label_smoothing = 0.0  # share of a label that is spread over all classes
+    config.ema_decay = 0.0  # a step's share of the old averages of weights and statistics, which
+    #                         are evaluated and predict in their place; 0: no averages
+    config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
+    #                          upsampling 2, then 3, then model.upsampling (pooled head)
+
+    config.freeze = _freeze()
+    config.augment = _augment()
+    config.optimizer = _optimizer()
+    config.schedule = _schedule()
+    return config
+
+
+def _data() -> ml_collections.ConfigDict:
+    """Returns `config.data`: which images, and how they are divided."""
+    data = ml_collections.ConfigDict()
     data.source = (
         "auto"  # "auto": whatever lies in the directory, else a download; "sample"; "tfds"
     )
@@ -36,8 +54,12 @@ def get_config() -> ml_collections.ConfigDict:
     data.images_a_class = 0  # train on the first so many of each class; 0: on all
     data.on_device = False  # the training set lies on every device (154 MB of images), and the
     #                         host sends row numbers instead of images
+    return data
 
-    model = config.model = ml_collections.ConfigDict()
+
+def _model() -> ml_collections.ConfigDict:
+    """Returns `config.model`: the network and its weights."""
+    model = ml_collections.ConfigDict()
     model.name = "mlp"  # or "resnet50", with the fields below
     model.compute_dtype = "float32"  # or "bfloat16"; parameters stay float32
     model.hidden_sizes = (64, 64)  # mlp
@@ -51,30 +73,35 @@ def get_config() -> ml_collections.ConfigDict:
     model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics
     model.test_time_flip = False  # logits are the mean over image and mirror image
     model.remat = False  # recompute each block's inside on the way back: less memory, more work
+    return model
 
-    config.label_smoothing = 0.0  # share of a label that is spread over all classes
-    config.ema_decay = 0.0  # a step's share of the old averages of weights and statistics, which
-    #                         are evaluated and predict in their place; 0: no averages
-    config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
-    #                          upsampling 2, then 3, then model.upsampling (pooled head)
 
-    freeze = config.freeze = ml_collections.ConfigDict()
+def _freeze() -> ml_collections.ConfigDict:
+    """Returns `config.freeze`: what does not learn."""
+    freeze = ml_collections.ConfigDict()
     freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
     #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
     freeze.batch_norm = "frozen"  # norms whose scale and bias are frozen keep their statistics;
     #                               "train": they do as the others
-
     freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4"; its
     #                             maps are cached, and what follows is trained on them
+    return freeze
 
-    augment = config.augment = ml_collections.ConfigDict()  # on the device, in the training step
+
+def _augment() -> ml_collections.ConfigDict:
+    """Returns `config.augment`: what training images go through, on the device."""
+    augment = ml_collections.ConfigDict()
     augment.flip = False  # left to right, every second image
     augment.crop_padding = 0  # pixels of 32 that an image moves at most, each way
     augment.policy = "none"  # or "trivial": TrivialAugment, one random operation an image
     augment.mixup = 0.0  # alpha of the Beta of the shares; 0: none; usual: 0.2
     augment.cutmix = 0.0  # the same; usual: 1.0; with both, either one at even odds
+    return augment
 
-    optimizer = config.optimizer = ml_collections.ConfigDict()
+
+def _optimizer() -> ml_collections.ConfigDict:
+    """Returns `config.optimizer`: how an update is made of gradients."""
+    optimizer = ml_collections.ConfigDict()
     optimizer.name = "rmsprop"  # "rmsprop" as Keras computes it, "sgd", "adam", "adamw"
     optimizer.learning_rate = 1e-3
     optimizer.momentum = 0.0  # rmsprop and sgd
@@ -90,9 +117,13 @@ def get_config() -> ml_collections.ConfigDict:
     #                              five times for the stem; 1: the same rate for all
     optimizer.accumulate = 1  # steps an update takes the mean gradient of: batch_size x accumulate
     #                           images; warm-up and train_for still count steps
+    return optimizer
 
-    schedule = config.schedule = ml_collections.ConfigDict()
+
+def _schedule() -> ml_collections.ConfigDict:
+    """Returns `config.schedule`: the learning rate by step."""
+    schedule = ml_collections.ConfigDict()
     schedule.name = "constant"  # "constant", "cosine" or "linear"
     schedule.warmup = "0 steps"  # linear, from 0
     schedule.final_fraction = 0.0  # cosine and linear: of the learning rate, at the end
-    return config
+    return schedule

@@ -1,5 +1,6 @@
 """Configurations: durations, rules, and what a resumed run may change."""
 
+import copy
 import dataclasses
 import importlib
 import tomllib
@@ -15,7 +16,9 @@ from cifar_jax.errors import UserError
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig
+from cifar_jax.setup import Setup
 from cifar_jax.train import train_and_evaluate
+from cifar_jax.trained import load_trained
 from configs import common, mlp, resnet50
 from tests.runs import ROOT
 
@@ -132,3 +135,22 @@ def test_a_wheel_holds_the_configurations():
     found = setuptools.find_namespace_packages(str(ROOT), **find)
     assert {"cifar_jax", "cifar_jax.models", "configs"} <= set(found)
     assert {name.partition(".")[0] for name in found} == {"cifar_jax", "configs"}
+
+
+@pytest.mark.parametrize("read", [load_trained, train_and_evaluate], ids=lambda f: f.__name__)
+def test_a_run_of_another_version_is_told(small_config, tmp_path, monkeypatch, read):
+    """One line for whoever goes on with it or reads it, and nothing of it is lost."""
+    small_config.train_for = "1 step"
+    identity = Setup.identity
+
+    def older(setup):
+        saved = copy.deepcopy(identity(setup))
+        del saved["config"]["data"]["images_a_class"]
+        return saved
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Setup, "identity", older)
+        train_and_evaluate(small_config, tmp_path)
+    arguments = (tmp_path,) if read is load_trained else (small_config, tmp_path)
+    with pytest.raises(UserError, match="of another version of cifar_jax, .* data.images_a_class"):
+        read(*arguments)

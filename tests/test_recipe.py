@@ -20,6 +20,7 @@ from cifar_jax.models.mlp import MLP
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
+from cifar_jax.parallel import JitExecution, PmapExecution
 from cifar_jax.phases import Phase
 from cifar_jax.recipe import Recipe
 from cifar_jax.setup import set_up
@@ -243,3 +244,30 @@ def test_odd_nearest_upsampling_repeats_pixels(small_network, batch, upsampling)
     large = np.kron(images, np.ones((1, upsampling, upsampling, 1)))
     one = create_small({"upsampling": 1})
     np.testing.assert_allclose(answer(model, images), answer(one, large), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("execution", [JitExecution, PmapExecution])
+def test_eight_devices_do_what_one_does(batch, execution):
+    """Everything at once: frozen layers, averages, mixed and augmented images, accumulation.
+
+    Float32 sums in another order, over four steps of small numbers.
+    """
+    recipe = Recipe(
+        label_smoothing=0.1,
+        ema_decay=0.9,
+        augment=Augment(flip=True, crop_padding=2, policy="trivial", mixup=0.2, cutmix=1.0),
+        frozen=("dense1",),
+    )
+    config = dataclasses.replace(SGD, accumulate=2, momentum=0.9, learning_rate=0.01)
+    images = [{k: x[None] for k, x in batch(16 * i, 16).items()} for i in range(4)]
+    ends = []
+    for run in (JitExecution(jax.devices()[:1]), execution()):
+        state = run.place(jax.device_get(mlp_state(recipe, config)))
+        for each in images:
+            state, _ = run.train(state, each)
+        ends.append(named_leaves(jax.device_get(run.to_host_tree(state))))
+    for name, expected in ends[0].items():
+        np.testing.assert_allclose(ends[1][name], expected, rtol=2e-4, atol=1e-6, err_msg=name)
+    start = named_leaves(mlp_state(recipe, config))
+    moved = {name for name, x in ends[0].items() if not np.array_equal(x, start[name])}
+    assert "params.dense1.kernel" not in moved and "ema.params.dense2.kernel" in moved
