@@ -11,7 +11,7 @@ import ml_collections
 
 from cifar_jax.durations import Duration
 from cifar_jax.errors import UserError
-from cifar_jax.phases import check_spans
+from cifar_jax.phases import UPSAMPLINGS, check_spans
 
 UINT32_MAX = 2**32 - 1
 INT32_MAX = 2**31 - 1  # of the state's step counter
@@ -77,7 +77,7 @@ RULES: dict[str, Rule] = {
     "model.variant": _choice("keras", "torchvision"),
     "model.pretrained": TEXT,
     "model.preprocessing": _choice("unit", "keras", "torchvision"),
-    "model.upsampling": _whole(1, 8),
+    "model.upsampling": _whole(UPSAMPLINGS[0], UPSAMPLINGS[-1]),
     "model.interpolation": _choice("nearest", "bilinear"),
     "model.head": _choice("flatten", "pooled"),
     "model.dropout": DECAY,

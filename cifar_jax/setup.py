@@ -115,13 +115,13 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
 
 def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
     """Refuses a run or phase that would end between two updates."""
-    ends = {"config.train_for": plan.total}
-    ends |= {f"{FREEZE} and {PROGRESSIVE}": phase.start for phase in plan.phases}
-    for key, step in ends.items():
+    ends = [(plan.total, "train_for")]
+    ends += [(phase.start, f"{FREEZE} or config.{PROGRESSIVE}") for phase in plan.phases]
+    for step, key in ends:
         if step % steps_an_update:
             raise UserError(
                 f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
-                f"{step}, the steps up to an end in {key}"
+                f"{step}, the steps up to an end in config.{key}"
             )
 
 

@@ -148,9 +148,18 @@ def test_a_configuration_reaches_the_step(small_config):
     assert rates == pytest.approx([0, 0, 0.25e-3, 0.75e-3, 1e-3, 1e-3])
 
 
-def test_a_run_that_ends_between_two_updates_is_refused(small_config):
-    small_config.optimizer.accumulate = 4  # of 90 steps
-    with pytest.raises(UserError, match="expected a divisor of 90, the steps up to an end in"):
+@pytest.mark.parametrize(
+    ("accumulate", "freeze", "step"),
+    [
+        (4, "", "90, the steps up to an end in config.train_for"),
+        (3, "dense1 until 4 steps, dense2 until 6 steps", "4, the steps up to an end in config.fr"),
+    ],
+)
+def test_what_ends_between_two_updates_is_refused(small_config, accumulate, freeze, step):
+    """Of 90 steps the run, or the first of two phases."""
+    small_config.optimizer.accumulate, small_config.freeze.layers = accumulate, freeze
+    small_config.optimizer.name = "sgd"
+    with pytest.raises(UserError, match=f"expected a divisor of {step}"):
         set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
 
 
