@@ -56,7 +56,7 @@ def test_every_operation_is_compared():
     assert PILLOW.keys() == OPERATIONS.keys()
 
 
-@pytest.mark.parametrize("strength", [-29 / 30, -0.4, 0.0, 0.3, 29 / 30])
+@pytest.mark.parametrize("strength", [-29 / 30, 0.3, 29 / 30])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_pillows(images, name, strength):
     """Up to Pillow's rounding to whole values, twice where it first rounds what it blends with.
@@ -169,10 +169,11 @@ def test_an_example_depends_on_its_own_key(images):
     """Another batch around it changes nothing, mixing aside."""
     config = Augment(flip=True, crop_padding=4, policy="trivial")
     labels = np.arange(8, dtype=np.int32)
-    whole, _ = augment(images, labels, keys(8), config)
-    part, _ = augment(images[3:5], labels[3:5], keys(8)[3:5], config)
+    compiled = jax.jit(lambda *batch: augment(*batch, config)[0])
+    whole, other = (compiled(images, labels, keys(8, seed)) for seed in (0, 1))
+    part = compiled(images[3:5], labels[3:5], keys(8)[3:5])
     np.testing.assert_array_equal(whole[3:5], part)
-    assert not np.array_equal(whole, augment(images, labels, keys(8, seed=1), config)[0])
+    assert not np.array_equal(whole, other)
 
 
 @pytest.mark.parametrize("config", [ALL, Augment(mixup=0.2), Augment(cutmix=1.0)], ids=str)

@@ -255,6 +255,7 @@ def test_odd_nearest_upsampling_repeats_pixels(small_network, batch, upsampling)
     np.testing.assert_allclose(answer(model, images), answer(one, large), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", [JitExecution, PmapExecution])
 def test_eight_devices_do_what_one_does(batch, execution):
     """Everything at once: frozen layers, averages, mixed and augmented images, accumulation.

@@ -17,6 +17,7 @@ SWEEP = """
 optimizer.learning_rate = 1e-5
 
 [fast]
+train_for = "3 epochs"
 optimizer.learning_rate = 1e-3
 model.hidden_sizes = [32, 16]
 """
@@ -83,9 +84,8 @@ def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, mo
     assert [line.split(" | ")[0] for line in told.out.splitlines()[2:]] == ["| right", "| wrong"]
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     """A signal to the sweep alone, during the first run: that saves; then both are made."""
     (tmp_path / "sweep.toml").write_text(SWEEP.replace("[slow]", "[slow]\n" + LONG))
