@@ -190,14 +190,25 @@ def has_checkpoints(workdir: pathlib.Path) -> bool:
     return bool(found) or any(workdir.glob(f"{REPLACED}*"))
 
 
+def find_steps(workdir: pathlib.Path, which: str) -> list[int]:
+    """Returns the steps of "all" checkpoints in order, or that of `find_step` alone.
+
+    Raises:
+      UserError: where there is none.
+    """
+    if which != "all":
+        return [find_step(workdir, which)]
+    find_step(workdir, "latest")  # or there is none
+    return sorted(_steps(workdir))
+
+
 def find_step(workdir: pathlib.Path, which: str) -> int:
     """Returns the step of the "latest" checkpoint, or of the "best" on validation.
 
     Raises:
       UserError: where there is none.
     """
-    folder = workdir / FOLDER
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+    folder, steps = workdir / FOLDER, _steps(workdir)
     if which == "best":
         files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
         ranks = {
@@ -213,6 +224,11 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
             "or name the folder of another run"
         )
     return max(ranks, key=ranks.get)
+
+
+def _steps(workdir: pathlib.Path) -> list[int]:
+    folder = workdir / FOLDER
+    return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

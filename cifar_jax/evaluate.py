@@ -18,6 +18,7 @@ from cifar_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from cifar_jax.data.splits import Split
+    from cifar_jax.metrics import Totals
     from cifar_jax.trained import Trained
 
 FILE_BATCH_SIZE = 128  # images; of a run, its own
@@ -42,9 +43,6 @@ def evaluate(
     Raises:
       UserError: without such a checkpoint or file, or if the images or splits cannot be had.
     """
-    from cifar_jax.data.pipeline import eval_batches
-    from cifar_jax.losses import cross_entropy
-    from cifar_jax.metrics import Metrics, Totals
     from cifar_jax.trained import load_trained
 
     if weights is not None and split != "test":
@@ -58,34 +56,34 @@ def evaluate(
         batch_size = trained.extra["config"]["eval_batch_size"]
     else:
         images, batch_size = _official_test(), FILE_BATCH_SIZE
+    totals = measure(trained, images, batch_size=batch_size)
+    step = {} if trained.step is None else {"step": trained.step}
+    return {**step, **totals.means(), "count": totals.count}
+
+
+def measure(trained: "Trained", images: "Split", *, batch_size: int) -> "Totals":
+    """Returns the sums over all images of a split, each counted once."""
+    from cifar_jax.data.pipeline import eval_batches
+    from cifar_jax.losses import cross_entropy
+    from cifar_jax.metrics import Metrics, Totals
+
     totals = Totals()
     for batch in eval_batches(images, batch_size=batch_size):
         logits = trained.logits(batch["image"])
         losses = cross_entropy(logits, batch["label"])
         totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
-    step = {} if trained.step is None else {"step": trained.step}
-    return {**step, **totals.means(), "count": totals.count}
+    return totals
 
 
 def _split_of_run(
     workdir: pathlib.Path, trained: "Trained", split: str, checkpoint: str
 ) -> "Split":
     """Returns the images of a run's own split; a reading of the test split is noted."""
-    from cifar_jax.data.sources import load
-    from cifar_jax.data.splits import fingerprint, make_splits
     from cifar_jax.recording.run_record import count_test_read
+    from cifar_jax.setup import check_same_images, load_splits
 
-    config = trained.extra["config"]["data"]
-    data = load(config["source"], config["directory"])
-    splits = make_splits(
-        data,
-        protocol=config["protocol"],
-        seed=config["split_seed"],
-        images_a_class=config["images_a_class"],
-    )
-    found = {"splits_sha256": fingerprint(splits), "data_sha256": data.sha256}
-    if any(trained.extra[key] != value for key, value in found.items()):
-        raise UserError(f"{workdir} was trained on other images or splits than {data.source} gives")
+    data, splits = load_splits(trained.extra["config"])
+    check_same_images(data, splits, trained.extra, workdir=str(workdir))
     if split == "test":
         count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
     return splits[split]

@@ -89,7 +89,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _read(source: Path, variant: str | None, checkpoint: str) -> port.Weights:
     if source.is_dir():
-        weights = read_run(source, checkpoint)
+        weights = read_run(source, checkpoint).weights
         port.insist(variant, weights.header.variant, source)
         return weights
     if checkpoint != "latest":

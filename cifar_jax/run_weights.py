@@ -1,8 +1,11 @@
 """The weights of a run as a file of ours holds them: how what was trained here leaves."""
 
+import dataclasses
 import pathlib
+from typing import Any
 
 from cifar_jax.checkpoint import digest, find_step, read_checkpoint
+from cifar_jax.config import check_version
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import ours, port
 from cifar_jax.pretrained.names import printable
@@ -10,7 +13,15 @@ from cifar_jax.recording.run_record import has_run_record, read_run_record
 from cifar_jax.state import trained_arrays, without_ema
 
 
-def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
+@dataclasses.dataclass(frozen=True)
+class RunWeights:
+    """The weights of one checkpoint, and what it says of its run."""
+
+    weights: port.Weights
+    extra: dict[str, Any]  # "config", hashes, history
+
+
+def read_run(workdir: pathlib.Path, checkpoint: str) -> RunWeights:
     """Reads a fine-tuned ResNet-50 with its origin.
 
     Args:
@@ -20,9 +31,14 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
     Raises:
       UserError: without such a checkpoint, if it is damaged, or of another model.
     """
+    return read_step(workdir, find_step(workdir, checkpoint))
+
+
+def read_step(workdir: pathlib.Path, step: int) -> RunWeights:
+    """Reads the checkpoint of a step, as `read_run`."""
     workdir = workdir.absolute()  # orbax insists
-    step = find_step(workdir, checkpoint)
     arrays, extra = read_checkpoint(workdir, step)
+    check_version(extra["config"], workdir=str(workdir))
     model = extra["config"]["model"]
     if model["name"] != "resnet50":
         raise UserError(
@@ -45,9 +61,10 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
         head=model["head"],
         upsampling=model["upsampling"],
         interpolation=model["interpolation"],
+        test_time_flip=model["test_time_flip"],
         initial=initial or None,
     )
-    return port.Weights(
+    weights = port.Weights(
         values,
         header,
         ported=False,
@@ -56,3 +73,4 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> port.Weights:
             name for name, x in arrays.items() if x is not trained.get(without_ema(name))
         ),
     )
+    return RunWeights(weights, extra)

@@ -66,6 +66,24 @@ def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, dict[str, Split]]:
     return data, splits
 
 
+def check_same_images(
+    data: Dataset, splits: Mapping[str, Split], saved: Mapping[str, Any], *, workdir: str
+) -> None:
+    """Refuses other images or splits than those that a checkpoint's "extra" tells of.
+
+    Raises:
+      UserError: naming the workdir.
+    """
+    # Kaggle's form has no labelled test images, and so no hash of them.
+    hashes = saved["data_sha256"].items()
+    same_images = all(data.sha256.get(name, found) == found for name, found in hashes)
+    if not same_images or saved["splits_sha256"] != fingerprint(splits):
+        raise UserError(
+            f"{workdir} holds a run on other images or splits; use the data that it was started "
+            "with (config.data.source, config.data.directory) or another workdir"
+        )
+
+
 def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     """Finds the images and plans the run; nothing is written, and no weights are drawn or read.
 

@@ -83,6 +83,12 @@ def model_leaves(parts: Mapping[str, Any]) -> dict[str, Any]:
     return {name.partition(".")[2]: leaf for name, leaf in named_leaves(parts).items()}
 
 
+def fill(template: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Puts values by the model's own names, as `model_leaves` gives them, into its parts."""
+    leaves = [values[name] for name in model_leaves(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
 def trained_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns what a checkpoint holds of the model: {"params.dense1.kernel": array, ...}.
 

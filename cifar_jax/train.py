@@ -25,7 +25,7 @@ from cifar_jax.recording.run_record import (
     read_run_record,
     update_run_record,
 )
-from cifar_jax.setup import Setup, describe_start, set_up, title
+from cifar_jax.setup import Setup, check_same_images, describe_start, set_up, title
 from cifar_jax.signals import StopSignal
 from cifar_jax.state import TrainState, count_parameters, from_arrays
 from cifar_jax.workdir import check_workdir
@@ -124,16 +124,8 @@ def _restore(
         about = loaded and dataclasses.asdict(loaded.header)
         return setup, start_state(setup.create, loaded and loaded.values), History(), about
     step, arrays, saved = restored
-    ours = setup.identity()
-    configuration.check_same_run(ours["config"], saved["config"], workdir=str(workdir))
-    # Kaggle's form has no labelled test images, and so no hash of them.
-    hashes = saved["data_sha256"].items()
-    same_images = all(ours["data_sha256"].get(name, found) == found for name, found in hashes)
-    if not same_images or saved["splits_sha256"] != ours["splits_sha256"]:
-        raise UserError(
-            f"{workdir} holds a run on other images or splits; use the data that it was started "
-            "with (config.data.source, config.data.directory) or another --workdir"
-        )
+    configuration.check_same_run(setup.config, saved["config"], workdir=str(workdir))
+    check_same_images(setup.data, setup.splits, saved, workdir=str(workdir))
     if step > setup.plan.total:
         raise UserError(
             f'config.train_for is "{setup.config["train_for"]}", {setup.plan.total} steps; '

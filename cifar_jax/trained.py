@@ -20,6 +20,7 @@ from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
 from cifar_jax.state import (
     MODEL_PARTS,
+    fill,
     from_arrays,
     model_leaves,
     split_model,
@@ -103,13 +104,12 @@ def _load_file(path: pathlib.Path) -> Trained:
             upsampling=header.upsampling,
             interpolation=header.interpolation,
             head=weights.structure.tuned_head,
+            test_time_flip=header.test_time_flip,
             rngs=nnx.Rngs(0),
         )
     )
     graphdef, template = split_model(abstract)
-    values = fit(model_leaves(template), weights, path).values
-    leaves = [values[name] for name in model_leaves(template)]
-    tree = jax.tree.unflatten(jax.tree.structure(template), leaves)
+    tree = fill(template, fit(model_leaves(template), weights, path).values)
     return Trained(nnx.merge(graphdef, *(tree[part] for part in MODEL_PARTS)), extra={}, step=None)
 
 

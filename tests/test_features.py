@@ -246,7 +246,7 @@ def test_evaluate_reads_images_and_agrees_with_the_run(reference):
 
 
 def test_its_weights_leave_as_those_of_any_run(reference):
-    found = read_run(reference, "latest")
+    found = read_run(reference, "latest").weights
     assert (found.header.head, found.header.upsampling) == ("pooled", 1)
     assert found.header.license == "none" and found.header.initial["source"] == "random"
     arrays, _ = read_checkpoint(reference, TOTAL)

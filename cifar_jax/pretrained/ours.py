@@ -24,6 +24,7 @@ _CHOICES = {
     "head": (*transfer.HEADS, None),
     "upsampling": (*transfer.UPSAMPLINGS, None),
     "interpolation": (*transfer.INTERPOLATIONS, None),
+    "test_time_flip": (False, True),
 }
 # One key with JSON inside: safetensors writes several keys in random order, and the same port shall
 # give the same bytes.
@@ -49,6 +50,7 @@ class Header:
     head: str | None = None
     upsampling: int | None = None
     interpolation: str | None = None
+    test_time_flip: bool = False
     # The header of the weights that a run started from.
     initial: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
