@@ -433,6 +433,14 @@ def test_a_model_that_gives_another_layers_output_is_told(small, output):
     assert line == f"output of {output}, expected of logits"
 
 
+def test_a_model_of_two_pictures_is_told(small):
+    mean = layers.Average()
+    pictures = [layers.Input((64, 64, 3)) for _ in range(2)]
+    model = keras.Model(pictures, _flattened(small)(mean(pictures)))
+    (line,) = compare(model.to_json(), _FLATTEN).differences
+    assert line == "2 inputs, expected one"
+
+
 _IN_TRAINING = (True, 1, "no", [], {"class_name": "__tensor__"})
 
 
@@ -461,7 +469,7 @@ _DEEP = "[" * 900 + "]" * 900
         ("{}", r"no model of Keras \(KeyError\)"),
         ("[1]", r"no model of Keras \(TypeError\)"),
         ('{"class_name": "Sequential", "config": {"layers": [3]}}', r"\(TypeError\)"),
-        ('{"class_name": "Model", "config": {"layers": [], "output_layers": []}}', "0 outputs"),
+        ('{"class_name": "Model", "config": {"layers": [], "output_layers": []}}', "0 inputs"),
         ('{"class_name": "Sequential", "config": {"layers": []}}', "conv1_pad: missing"),
         ("[" * 100_000, r"no model of Keras \(RecursionError\)|maximum recursion"),
         (" " * (4 << 20) + "{}", "longer than 4,194,304 characters"),

@@ -91,6 +91,9 @@ def _add_model(model: dict, source: str, *, path: str, layers: dict[str, Layer])
         for layer in config["layers"]:
             source = _add(layer, (source,), path=path, layers=layers)
         return source
+    pictures = sum(layer["class_name"] == "InputLayer" for layer in config["layers"])
+    if pictures != 1:
+        raise ValueError(f"{pictures} inputs, expected one")
     keys: dict[str, str] = {}
     for layer in config["layers"]:
         name, nodes = layer["config"]["name"], layer["inbound_nodes"]
