@@ -76,8 +76,13 @@ def _fields(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, tuple(value) if isinstance(value, list) else value
 
 
-def run_all(runs: Mapping[str, list[str]], config: str, workdir: Path) -> set[str]:
+def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path) -> set[str]:
     """Makes every run in a process of its own; a failed one is told, and the next one starts.
+
+    Args:
+      runs: as `read_sweep` gives them.
+      shared: flags of all runs; a run's own are stronger.
+      workdir: takes a folder for each run.
 
     Returns:
       The names of the failed runs.
@@ -87,7 +92,7 @@ def run_all(runs: Mapping[str, list[str]], config: str, workdir: Path) -> set[st
     """
     failed = set()
     for number, (name, (module, *flags)) in enumerate(runs.items(), start=1):
-        command = [sys.executable, "-m", module, f"--config={config}"]
+        command = [sys.executable, "-m", module, *shared]
         command += [f"--workdir={workdir / name}", *flags, "--config.test=False"]
         tell(f"run {number}/{len(runs)}: {shlex.join(command[1:])}")
         with StopSignal() as stop:
@@ -145,19 +150,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command; exits with 0, 1 (a run failed), 2 (bad input) or 128 + signal."""
     parser = argparse.ArgumentParser(
         prog="python -m cifar_jax.sweep",
+        usage="%(prog)s FILE --config=PY --workdir=DIR [--config.NAME=VALUE ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("sweep", type=Path, metavar="FILE", help="a TOML file of overrides")
-    parser.add_argument("--config", required=True, metavar="PY", help="what the runs share")
+    parser.add_argument(
+        "--config", required=True, metavar="PY", help="what the runs share; --config.NAME=VALUE too"
+    )
     parser.add_argument("--workdir", required=True, type=Path, help="takes a folder for each run")
-    options = parser.parse_args(arguments)
+    options, shared = parser.parse_known_args(arguments)
+    if unknown := [flag for flag in shared if not re.match(r"--config\.[^=]+=", flag)]:
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}")
     with exit_on_user_error():
         runs = read_sweep(options.sweep)
         if not Path(options.config).expanduser().is_file():
             raise UserError(f"--config={options.config}: no such file")
         workdir = options.workdir.expanduser()
-        failed = run_all(runs, options.config, workdir)
+        failed = run_all(runs, [f"--config={options.config}", *shared], workdir)
         table = rank(list(runs), workdir, failed=failed)
         if workdir.is_dir():
             write_atomically(workdir / RANKING_NAME, table.encode() + b"\n")

@@ -55,7 +55,8 @@ def records(workdir):
 def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     workdir = tmp_path / "runs"
-    sweep.main([*files, f"--workdir={workdir}"])
+    shared = ["--config.label_smoothing=0.1", "--config.optimizer.learning_rate=9"]
+    sweep.main([*files, f"--workdir={workdir}", *shared])
     table = capfd.readouterr().out.strip()
     assert table == (workdir / "sweep.md").read_text().strip()
     last = {
@@ -67,9 +68,18 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     assert rows == [[f"| {name}", f"{last[name]:.4f}"] for name in (first, second)]
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
         record = records(workdir)[name]
-        assert record["config"]["optimizer"]["learning_rate"] == rate
+        assert record["config"]["optimizer"]["learning_rate"] == rate  # not the shared 9
+        assert record["config"]["label_smoothing"] == 0.1
         assert not record.get("result") and not record.get("test_reads")
     assert records(workdir)["fast"]["config"]["model"]["hidden_sizes"] == [32, 16]
+
+
+def test_other_flags_are_refused(files, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([*files, f"--workdir={tmp_path / 'runs'}", "--profile", "--config.seed=1"])
+    assert caught.value.code == 2
+    assert "unrecognized arguments: --profile\n" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
