@@ -85,6 +85,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         total_steps=plan.total,
         steps_per_epoch=plan.steps_per_epoch,
         batch_size=plan.batch_size,
+        costs=[(phase.start, phase.upsampling**2) for phase in plan.phases],
     ) as recorder:
         if missing := history.rows - len(recorder.rows):
             recorder.message(f"warning: {workdir / JSONL_NAME} lacks {missing} rows of this run")

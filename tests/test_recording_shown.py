@@ -53,6 +53,31 @@ def test_piped_lines_come_at_epoch_ends(clock):
     ]
 
 
+def test_the_time_left_counts_larger_images_as_they_cost(clock):
+    stream = io.StringIO()
+    progress = Progress(**RUN, costs=[(0, 4), (200, 16)], stream=stream)
+    report(progress, 100, 1.0, steps=100)
+    report(progress, 250, 3.0, steps=150)  # 100 of the first size, 50 of the second
+    report(progress, 300, 1.0, steps=50)
+    # 100 steps at the same speed and 100 at a quarter of it; then 50 that took 2 of the 3 seconds.
+    expected = ["ETA 00:05 3.20k", "ETA 00:02", "ETA 00:00"]
+    lines = stream.getvalue().splitlines()
+    assert all(text in line for text, line in zip(expected, lines, strict=True))
+
+
+def test_the_speed_is_that_of_the_last_minutes(clock):
+    stream = io.StringIO()
+    progress = Progress(**{**RUN, "steps_per_epoch": 300}, stream=stream)
+    for step in range(1, 101):
+        report(progress, step, 1.0, steps=1)
+    clock[0] += 600
+    for step in range(101, 121):
+        report(progress, step, 30.0, steps=1)
+    clock[0] += 600
+    report(progress, 121, 30.0, steps=1)
+    assert re.search(r"step 121/300 ETA 1:29:\d\d 1.07 img/s ", stream.getvalue())
+
+
 def test_piped_lines_of_a_slow_model_come_every_30_seconds(clock):
     stream = io.StringIO()
     progress = Progress(**{**RUN, "start_step": 100, "steps_per_epoch": 140}, stream=stream)

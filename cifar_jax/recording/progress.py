@@ -1,7 +1,9 @@
 """How far training is: a bar on a terminal, a plain line now and then in a file or pipe."""
 
+import math
 import sys
 import time
+from collections.abc import Sequence
 from typing import TextIO
 
 from tqdm import tqdm
@@ -9,6 +11,7 @@ from tqdm import tqdm
 from cifar_jax.errors import LastingStream
 
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_REMEMBERED = 60.0  # the speed shown is that of about so long
 
 
 class Counter:
@@ -76,6 +79,7 @@ class Progress:
         steps_per_epoch: int,
         batch_size: int,
         start_step: int,
+        costs: Sequence[tuple[int, float]] = ((0, 1.0),),
         stream: TextIO | None = None,
     ):
         """Starts at `start_step`.
@@ -85,14 +89,17 @@ class Progress:
             steps_per_epoch: steps of one epoch.
             batch_size: images of one step, over all devices.
             start_step: finished steps (a resumed run's are not 0).
+            costs: (first step, cost of each from there on), in order, in any unit: larger images
+                take longer.
             stream: where to write; standard error where not given.
         """
         self._total_steps = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._batch_size = batch_size
         self._step = start_step
-        self._counted_steps = 0
-        self._counted_seconds = 0.0
+        self._costs = costs
+        # Each call counts the less, the longer ago it was.
+        self._recent_steps = self._recent_cost = self._recent_seconds = 0.0
         self._printed_time = time.monotonic()
         self._stream = LastingStream(stream or sys.stderr)
         self._bar = None
@@ -118,8 +125,10 @@ class Progress:
             seconds: what the call took, without compilation.
             steps: steps of the call.
         """
-        self._counted_steps += steps
-        self._counted_seconds += seconds
+        kept = math.exp(-seconds / SECONDS_REMEMBERED)
+        self._recent_steps = kept * self._recent_steps + steps
+        self._recent_cost = kept * self._recent_cost + self._cost(step - steps, step)
+        self._recent_seconds = kept * self._recent_seconds + seconds
         before, self._step = self._step, step
         status = f"{self._speed()} loss {loss:.4f} acc {accuracy:.4f}"
         if self._bar is not None:
@@ -155,6 +164,15 @@ class Progress:
 
         They come first and are short, so that a terminal of 80 columns has room for everything.
         """
-        steps_per_second = self._counted_steps / self._counted_seconds
-        left = tqdm.format_interval((self._total_steps - self._step) / steps_per_second)
-        return f" ETA {left} {tqdm.format_sizeof(steps_per_second * self._batch_size)} img/s"
+        seconds = self._recent_seconds
+        left = self._cost(self._step, self._total_steps) * seconds / self._recent_cost
+        speed = tqdm.format_sizeof(self._recent_steps / seconds * self._batch_size)
+        return f" ETA {tqdm.format_interval(left)} {speed} img/s"
+
+    def _cost(self, start: int, end: int) -> float:
+        """Of the steps from `start` to `end`."""
+        edges = [first for first, _ in self._costs[1:]] + [math.inf]
+        return sum(
+            cost * max(0, min(end, edge) - max(start, first))
+            for (first, cost), edge in zip(self._costs, edges, strict=True)
+        )

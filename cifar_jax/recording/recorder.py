@@ -55,7 +55,7 @@ class SilentRecorder:
 
 @contextlib.contextmanager
 def open_recorder(
-    workdir: pathlib.Path, *, title: str, start_step: int, start_rows: int, **progress: int
+    workdir: pathlib.Path, *, title: str, start_step: int, start_rows: int, **progress: Any
 ) -> Iterator[Recorder | SilentRecorder]:
     """Opens the log, cut back to what the restored step knew, and the progress; closes both.
 
@@ -64,7 +64,7 @@ def open_recorder(
       title: of the figure.
       start_step: finished updates.
       start_rows: rows of the log at that step.
-      **progress: total_steps, steps_per_epoch and batch_size of `Progress`.
+      **progress: what else `Progress` is to know.
     """
     if jax.process_index() != 0:
         yield SilentRecorder()

@@ -1,0 +1,24 @@
+"""What the fine-tuned runs of the ablations share: 5,000 images, four epochs at 64 px.
+
+    python -m cifar_jax.sweep experiments/ablations/finetuned.toml \\
+      --config=experiments/ablations/finetuned.py --workdir=runs/finetuned \\
+      --config.model.pretrained=FILE
+"""
+
+import ml_collections
+
+from configs import resnet50_laptop
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Returns the recipe of `configs/resnet50_laptop.py` on fewer and smaller images."""
+    config = resnet50_laptop.get_config()
+    config.data.protocol = "standard"
+    config.data.images_a_class = 500
+    config.train_for = "4 epochs"
+    config.evaluate_every = "4 epochs"
+    config.log_every = "1 epoch"
+    config.checkpoint_every = "4 epochs"
+    config.model.upsampling = 2
+    config.schedule.warmup = "20 steps"
+    return config
