@@ -1,0 +1,69 @@
+"""Means over the seeds of a sweep whose runs are called NAME-SEED: a Markdown table.
+
+    python -m experiments.seeds runs/finetuned
+
+Reads what is there of each run: metrics.csv, and test.json where the test split was read, as
+`python -m cifar_jax.evaluate --workdir=RUN --split=test > RUN/test.json` leaves it.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def read_sweep(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns by name, in the files' order, a dictionary for each seed.
+
+    Each has "seed", "validation" and, where it was read, "test" (0..1), and "minutes" of training.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("*-*/metrics.csv")):
+        name, _, seed = path.parent.name.rpartition("-")
+        with open(path, newline="") as file:
+            last = list(csv.DictReader(file))[-1]
+        run = {
+            "seed": int(seed),
+            "validation": float(last["validation_accuracy"]),
+            "minutes": float(last["train_seconds"]) / 60,
+        }
+        test = path.with_name("test.json")
+        if test.exists():
+            run["test"] = json.loads(test.read_text())["accuracy"]
+        found.setdefault(name, []).append(run)
+    return found
+
+
+def mean_and_each(values: Iterable[float]) -> str:
+    """Returns "0.8500 (0.8400, 0.8600)"."""
+    values = list(values)
+    return f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
+
+
+def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+    """Returns the Markdown table of a sweep, the best on validation first."""
+    tested = all("test" in run for of_name in runs.values() for run in of_name)
+    keys = ("validation", "test") if tested else ("validation",)
+    lines = [
+        " | ".join(["| run", *(f"{key}, mean (each seed)" for key in keys), "minutes a run |"]),
+        "| --- |" + " ---: |" * (len(keys) + 1),
+    ]
+    ranked = sorted(runs.items(), key=lambda item: -np.mean([run["validation"] for run in item[1]]))
+    for name, of_name in ranked:
+        cells = [mean_and_each(run[key] for run in of_name) for key in keys]
+        cells.append(f"{np.mean([run['minutes'] for run in of_name]):.1f}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table of the folder that is named."""
+    print(table(read_sweep(Path(sys.argv[1]))))
+
+
+if __name__ == "__main__":
+    main()
