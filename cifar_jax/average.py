@@ -7,30 +7,38 @@
 Checkpoints of one run (config.keep_checkpoints; Izmailov et al., "Averaging Weights Leads to Wider
 Optima and Better Generalization", 2018) or of runs that started from the same weights (Wortsman et
 al., "Model soups", 2022). Neither an average nor another size fits the statistics that were kept
-while training: they are measured anew on training images, without augmentation. What comes of it on
-validation is printed, and the file is for predict and evaluate (--weights).
+while training: they are measured anew on training images, without augmentation (norms that were
+frozen keep theirs). What comes of it on validation is printed, and the file is for predict and
+evaluate (--weights).
 """
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from cifar_jax.config import check_version, flatten
 from cifar_jax.errors import UserError, exit_on_user_error
 from cifar_jax.memory import keep_freed_memory
+from cifar_jax.phases import UPSAMPLINGS
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from flax import nnx
 
     from cifar_jax.phases import Phase
     from cifar_jax.pretrained.ours import Header
-    from cifar_jax.run_weights import RunWeights
 
 CHECKPOINTS = ("latest", "best", "all")
 IMAGES = 5000
+# The fields of config.model that make weights the function that they are.
+_FUNCTION = (
+    *("name", "variant", "preprocessing", "upsampling", "interpolation", "head"),
+    *("batch_norm", "test_time_flip"),
+)
 
 
 def average(
@@ -47,7 +55,7 @@ def average(
       workdirs: of runs of one model on the same images and splits.
       dest: a `.safetensors` file to write.
       checkpoint: of each run: "latest", "best" on validation, or "all" that it keeps.
-      upsampling: of the images from now on; None: the runs' own.
+      upsampling: of the images from now on, 1 to 8; None: the runs' own.
       images: training images that the statistics are measured on; whole batches are taken.
 
     Returns:
@@ -62,21 +70,25 @@ def average(
     import numpy as np
 
     from cifar_jax.data.pipeline import call_rows
-    from cifar_jax.evaluate import measure
     from cifar_jax.plan import make_plan
     from cifar_jax.pretrained import ours, port
     from cifar_jax.setup import check_same_images, load_splits
     from cifar_jax.state import model_leaves, split_model
     from cifar_jax.statistics import with_statistics_of
-    from cifar_jax.trained import Trained
+    from cifar_jax.trained import load_trained, measure
 
+    dest = pathlib.Path(dest).expanduser()
     port.check_ending(dest, to=None)
-    first, values, names = _mean_of([pathlib.Path(each) for each in workdirs], checkpoint)
-    header = _header(first, names, upsampling)
+    if dest.is_dir():
+        raise UserError(f"{dest} is a folder; expected the name of a file to write")
+    checkpoints, values = _mean_of(_places(workdirs, checkpoint))
+    first = checkpoints[0]
+    header = _header(checkpoints, upsampling, images)
     config = first.extra["config"]
     config = {**config, "model": {**config["model"], "upsampling": header.upsampling}}
     data, splits = load_splits(config)
-    check_same_images(data, splits, first.extra, workdir=str(workdirs[0]))
+    for each in checkpoints:
+        check_same_images(data, splits, each.extra, workdir=each.name)
     train = splits["train"]
     plan = make_plan(config, train_count=len(train))
     steps = min(plan.steps_per_epoch, max(1, images // plan.batch_size))
@@ -85,39 +97,57 @@ def average(
         model = with_statistics_of(
             _fill(config, plan.phases[-1], values), (train.images[each] for each in rows)
         )
-    trained = Trained(model, first.extra, step=None)
-    totals = measure(trained, splits["validation"], batch_size=plan.eval_batch_size)
     leaves = model_leaves(split_model(model)[1])
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
+    totals = measure(load_trained(weights=dest), splits["validation"], batch_size=plan.batch_size)
+    names = [each.name for each in checkpoints]
     return {"checkpoints": names, **totals.means(), "count": totals.count}
 
 
-def _mean_of(
-    workdirs: list[pathlib.Path], checkpoint: str
-) -> tuple["RunWeights", dict[str, Any], list[str]]:
-    """Returns the first checkpoint, the mean of all by the model's names, and their names."""
-    import numpy as np
+@dataclasses.dataclass(frozen=True)
+class _Checkpoint:
+    """What is known of a checkpoint beside its values."""
 
-    from cifar_jax.checkpoint import find_steps
-    from cifar_jax.recording.run_record import has_run_record, read_run_record
-    from cifar_jax.run_weights import read_step
+    name: str
+    extra: dict[str, Any]
+    header: "Header"
 
-    first, sums, names = None, {}, []
-    for workdir in workdirs:
-        if has_run_record(workdir) and read_run_record(workdir).get("features"):
+
+def _places(
+    workdirs: Sequence[str | os.PathLike], checkpoint: str
+) -> Iterator[tuple[pathlib.Path, int]]:
+    """Yields workdir and step of each checkpoint."""
+    from cifar_jax.checkpoint import HEAD_FOLDER, find_steps
+
+    folders = [pathlib.Path(each).expanduser().resolve() for each in workdirs]
+    for workdir in folders:
+        if folders.count(workdir) > 1:
+            raise UserError(f"{workdir} is named {folders.count(workdir)} times")
+        if (workdir / HEAD_FOLDER).is_dir():
             raise UserError(
                 f"{workdir} holds a head on frozen features, whose statistics are to stay as they "
                 "are; expected a run of cifar_jax.main"
             )
-        for step in find_steps(workdir, checkpoint):
-            found = read_step(workdir, step)
-            first = first or found
-            _check_alike(first, found)
-            for name, array in found.weights.values.items():
-                sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
-            names.append(found.weights.header.source)
-    means = {name: (total / len(names)).astype(np.float32) for name, total in sums.items()}
-    return first, means, names
+        yield from ((workdir, step) for step in find_steps(workdir, checkpoint))
+
+
+def _mean_of(
+    places: Iterable[tuple[pathlib.Path, int]],
+) -> tuple[list[_Checkpoint], dict[str, Any]]:
+    """Returns the checkpoints, and the mean of their values by the model's names."""
+    import numpy as np
+
+    from cifar_jax.run_weights import read_step
+
+    found, sums = [], {}
+    for workdir, step in places:
+        read = read_step(workdir, step)
+        found.append(_Checkpoint(f"{workdir}, step {step}", read.extra, read.weights.header))
+        check_version(read.extra["config"], workdir=str(workdir))
+        _check_alike(found[0], found[-1])
+        for name, array in read.weights.values.items():
+            sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
+    return found, {name: (x / len(found)).astype(np.float32) for name, x in sums.items()}
 
 
 def _fill(config: dict[str, Any], phase: "Phase", values: dict[str, Any]) -> "nnx.Module":
@@ -137,34 +167,39 @@ def _fill(config: dict[str, Any], phase: "Phase", values: dict[str, Any]) -> "nn
     return nnx.merge(graphdef, *(parts[part] for part in MODEL_PARTS))
 
 
-def _check_alike(first: "RunWeights", other: "RunWeights") -> None:
-    """Refuses the mean of two models that are not the same function of their weights."""
-    pairs = [
-        (f"config.model.{key}", first.extra["config"]["model"][key], value)
-        for key, value in other.extra["config"]["model"].items()
-        if key not in ("pretrained", "dropout", "remat")
-    ]
-    pairs += [(key, first.extra[key], other.extra[key]) for key in ("splits_sha256", "data_sha256")]
-    origins = [(each.weights.header.initial or {}).get("sha256") for each in (first, other)]
-    for key, expected, found in [*pairs, ("the file it started from, by its SHA-256,", *origins)]:
+def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
+    """Refuses the mean of two models that are not one function, or have no common start."""
+    ours, theirs = (dict(flatten(each.extra["config"])) for each in (first, other))
+    keys = [f"model.{name}" for name in _FUNCTION] + ["freeze.layers", "freeze.batch_norm"]
+    origins = [(each.header.initial or {}).get("sha256") for each in (first, other)]
+    if None in origins or first.header.head == "flatten":
+        keys.append("seed")  # which drew what no file gave
+    pairs = [(f"config.{key}", ours[key], theirs[key]) for key in keys]
+    for key, expected, found in [("the file it started from", *origins), *pairs]:
         if found != expected:
             raise UserError(
-                f"{other.weights.header.source}: {key} is {found!r}, in "
-                f"{first.weights.header.source} it is {expected!r}; no mean of the two makes sense"
+                f"{other.name}: {key} is {found!r}, of {first.name} {expected!r}; the mean of two "
+                "such models is none"
             )
 
 
-def _header(first: "RunWeights", names: list[str], upsampling: int | None) -> "Header":
+def _header(checkpoints: list[_Checkpoint], upsampling: int | None, images: int) -> "Header":
     """Returns the header of what is written, for the size that is asked for."""
-    header = first.weights.header
-    if upsampling not in (None, header.upsampling) and header.head != "pooled":
-        raise UserError(
-            f"--upsampling {upsampling}: {header.source} has a {header.head} head, which reads "
-            f"images of upsampling {header.upsampling} alone; a pooled one reads any"
-        )
-    source = header.source if len(names) == 1 else f"mean of {'; '.join(names)}"
+    header = checkpoints[0].header
     upsampling = upsampling or header.upsampling
-    return dataclasses.replace(header, source=source, upsampling=upsampling)
+    if upsampling != header.upsampling and header.head != "pooled":
+        raise UserError(
+            f"--upsampling {upsampling}: {checkpoints[0].name} has a {header.head} head, which "
+            f"reads images of upsampling {header.upsampling} alone; a pooled one reads any"
+        )
+    sources = "; ".join(each.header.source for each in checkpoints)
+    made_of = [*(each.header.sha256 for each in checkpoints), upsampling, images]
+    return dataclasses.replace(
+        header,
+        source=f"mean of {sources}, with statistics of its own",
+        sha256=hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
+        upsampling=upsampling,
+    )
 
 
 def main() -> None:
@@ -183,7 +218,7 @@ def main() -> None:
         help="of each run (default: %(default)s); best is by validation, all are those it keeps",
     )
     parser.add_argument(
-        "--upsampling", type=int, choices=range(1, 9), help="of images, where not the run's own"
+        "--upsampling", type=int, choices=UPSAMPLINGS, help="of images, where not the run's own"
     )
     parser.add_argument(
         "--images",
@@ -191,7 +226,7 @@ def main() -> None:
         default=IMAGES,
         help="training images that the statistics are measured on (default: %(default)s)",
     )
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     with exit_on_user_error():
         keep_freed_memory()
         print(json.dumps(average(**vars(options))))

@@ -21,6 +21,7 @@ from cifar_jax.errors import RunError, UserError, one_line
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
+HEAD_FOLDER = "head"  # in a workdir of cifar_jax.features: checkpoints of what it trains alone
 REPLACED = ".replaced_checkpoint_"  # with the step, while that is saved again
 METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]

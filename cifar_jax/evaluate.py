@@ -18,7 +18,6 @@ from cifar_jax.errors import UserError, exit_on_user_error
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from cifar_jax.data.splits import Split
-    from cifar_jax.metrics import Totals
     from cifar_jax.trained import Trained
 
 FILE_BATCH_SIZE = 128  # images; of a run, its own
@@ -37,13 +36,13 @@ def evaluate(
       workdir: of the run.
       split: "train", "validation" or "test".
       checkpoint: "latest", or "best" on validation.
-      weights: in place of a workdir, a file from `port_weights`; `split` must be "test" then, and
-        means the official 10,000 images.
+      weights: in place of a workdir, a file from `port_weights` or `average`; `split` must be
+        "test" then, and means the official 10,000 images.
 
     Raises:
       UserError: without such a checkpoint or file, or if the images or splits cannot be had.
     """
-    from cifar_jax.trained import load_trained
+    from cifar_jax.trained import load_trained, measure
 
     if weights is not None and split != "test":
         raise UserError(
@@ -59,20 +58,6 @@ def evaluate(
     totals = measure(trained, images, batch_size=batch_size)
     step = {} if trained.step is None else {"step": trained.step}
     return {**step, **totals.means(), "count": totals.count}
-
-
-def measure(trained: "Trained", images: "Split", *, batch_size: int) -> "Totals":
-    """Returns the sums over all images of a split, each counted once."""
-    from cifar_jax.data.pipeline import eval_batches
-    from cifar_jax.losses import cross_entropy
-    from cifar_jax.metrics import Metrics, Totals
-
-    totals = Totals()
-    for batch in eval_batches(images, batch_size=batch_size):
-        logits = trained.logits(batch["image"])
-        losses = cross_entropy(logits, batch["label"])
-        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
-    return totals
 
 
 def _split_of_run(
@@ -105,7 +90,9 @@ def main() -> None:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="folder of the run")
-    model.add_argument("--weights", help="or a file that cifar_jax.port_weights has written")
+    model.add_argument(
+        "--weights", help="or a file that cifar_jax.port_weights or average has written"
+    )
     parser.add_argument("--split", default="validation", choices=("train", "validation", "test"))
     parser.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     options = parser.parse_args()

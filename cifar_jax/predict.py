@@ -26,7 +26,7 @@ def predict_image(
     Args:
         path: a picture file, see `cifar_jax.picture.read_picture`.
         workdir: the run's folder.
-        weights: in place of a workdir, a file from `port_weights`.
+        weights: in place of a workdir, a file from `port_weights` or `average`.
 
     Returns:
         One of `cifar_jax.labels.CLASS_NAMES`.
@@ -50,7 +50,7 @@ def predict_images(
         paths: picture files.
         workdir: the run's folder.
         checkpoint: "latest" or "best" (on the validation images).
-        weights: in place of a workdir, a file from `port_weights`.
+        weights: in place of a workdir, a file from `port_weights` or `average`.
 
     Returns:
         For each picture {"path": str, "label": str, "probabilities": {class name: float}}, the
@@ -102,7 +102,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("pictures", nargs="+", metavar="PICTURE", help="a picture file")
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="the folder of a trained run")
-    model.add_argument("--weights", help="or a file that cifar_jax.port_weights has written")
+    model.add_argument(
+        "--weights", help="or a file that cifar_jax.port_weights or average has written"
+    )
     parser.add_argument(
         "--checkpoint",
         choices=CHECKPOINTS,

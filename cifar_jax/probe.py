@@ -14,7 +14,13 @@ from flax import nnx
 from cifar_jax import config as configuration
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
-from cifar_jax.checkpoint import Checkpointer, find_step, has_checkpoints, read_checkpoint
+from cifar_jax.checkpoint import (
+    HEAD_FOLDER,
+    Checkpointer,
+    find_step,
+    has_checkpoints,
+    read_checkpoint,
+)
 from cifar_jax.data.sources import Dataset
 from cifar_jax.data.splits import NAMES, Split
 from cifar_jax.errors import UserError, tell
@@ -33,7 +39,6 @@ from cifar_jax.state import model_leaves, named_leaves, split_model, trained_arr
 from cifar_jax.train import Result, run
 from cifar_jax.workdir import check_workdir
 
-HEAD_FOLDER = "head"  # in the workdir: checkpoints of the head and its optimizer
 # Beside the augmentations, what features that are computed once have no use for, unless it is off.
 NOT_WITH_FEATURES = ("progressive", "freeze.layers", "model.test_time_flip")
 OFF = (False, 0, "", "none")

@@ -5,7 +5,6 @@ import pathlib
 from typing import Any
 
 from cifar_jax.checkpoint import digest, find_step, read_checkpoint
-from cifar_jax.config import check_version
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import ours, port
 from cifar_jax.pretrained.names import printable
@@ -38,7 +37,6 @@ def read_step(workdir: pathlib.Path, step: int) -> RunWeights:
     """Reads the checkpoint of a step, as `read_run`."""
     workdir = workdir.absolute()  # orbax insists
     arrays, extra = read_checkpoint(workdir, step)
-    check_version(extra["config"], workdir=str(workdir))
     model = extra["config"]["model"]
     if model["name"] != "resnet50":
         raise UserError(
@@ -61,7 +59,7 @@ def read_step(workdir: pathlib.Path, step: int) -> RunWeights:
         head=model["head"],
         upsampling=model["upsampling"],
         interpolation=model["interpolation"],
-        test_time_flip=model["test_time_flip"],
+        test_time_flip=model.get("test_time_flip", False),
         initial=initial or None,
     )
     weights = port.Weights(

@@ -79,8 +79,8 @@ def check_same_images(
     same_images = all(data.sha256.get(name, found) == found for name, found in hashes)
     if not same_images or saved["splits_sha256"] != fingerprint(splits):
         raise UserError(
-            f"{workdir} holds a run on other images or splits; use the data that it was started "
-            "with (config.data.source, config.data.directory) or another workdir"
+            f"{workdir} holds a run on other images or splits than {data.source} gives; use the "
+            "data that it was started with (config.data.source, config.data.directory)"
         )
 
 

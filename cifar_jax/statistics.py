@@ -28,14 +28,15 @@ def with_statistics_of(model: nnx.Module, batches: Iterable[np.ndarray]) -> nnx.
     measuring_graphdef = nnx.split(measuring, nnx.Param, nnx.BatchStat)[0]
 
     @jax.jit
-    def statistics_of(params, batch_stats, images):
+    def statistics_of(params, batch_stats, images, number):
         model = nnx.merge(measuring_graphdef, params, batch_stats)
-        model(images, train=True, keys=jax.random.split(jax.random.key(0), len(images)))
+        key = jax.random.fold_in(jax.random.key(0), number)  # other dropout masks in each batch
+        model(images, train=True, keys=jax.random.split(key, len(images)))
         return nnx.state(model, nnx.BatchStat)
 
     sums, count = jax.tree.map(lambda x: np.zeros(x.shape), batch_stats), 0
     for images in batches:
-        found = statistics_of(params, batch_stats, images)
+        found = statistics_of(params, batch_stats, images, np.uint32(count))
         sums = jax.tree.map(lambda total, x: total + np.asarray(x, np.float64), sums, found)
         count += 1
     means = jax.tree.map(lambda total, x: (total / count).astype(x.dtype), sums, batch_stats)

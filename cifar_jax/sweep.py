@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         workdir = options.workdir.expanduser()
         failed = run_all(runs, [f"--config={options.config}", *shared], workdir)
         table = rank(list(runs), workdir, failed=failed)
-        if workdir.is_dir():
+        if len(failed) < len(runs):  # or it was the command, and an earlier table stays
             write_atomically(workdir / RANKING_NAME, table.encode() + b"\n")
         print(table)
         if failed:

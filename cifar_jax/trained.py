@@ -11,8 +11,12 @@ from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.checkpoint import find_step, read_checkpoint
+from cifar_jax.data.pipeline import eval_batches
+from cifar_jax.data.splits import Split
 from cifar_jax.errors import UserError
 from cifar_jax.labels import CLASS_NAMES
+from cifar_jax.losses import cross_entropy
+from cifar_jax.metrics import Metrics, Totals
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import port
@@ -47,6 +51,16 @@ class Trained:
         return np.asarray(jax.nn.softmax(self.logits(images).astype(np.float32)))
 
 
+def measure(trained: Trained, images: Split, *, batch_size: int) -> Totals:
+    """Returns the sums over all images of a split, each counted once."""
+    totals = Totals()
+    for batch in eval_batches(images, batch_size=batch_size):
+        logits = trained.logits(batch["image"])
+        losses = cross_entropy(logits, batch["label"])
+        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
+    return totals
+
+
 @nnx.jit
 def _logits(model: nnx.Module, images: jax.Array) -> jax.Array:
     return model(images, train=False)
@@ -63,7 +77,8 @@ def load_trained(
     Args:
       workdir: of a run.
       checkpoint: of the run: "latest", or "best" on validation.
-      weights: in place of a workdir, a file from `port_weights` of a model fine-tuned on CIFAR-10.
+      weights: in place of a workdir, a file from `port_weights` or `average` of a model fine-tuned
+        on CIFAR-10.
 
     Raises:
       UserError: without such a checkpoint, or if it is damaged or does not fit its model; if the

@@ -6,34 +6,36 @@ Reads what is there of each run: metrics.csv, and test.json where the test split
 `python -m cifar_jax.evaluate --workdir=RUN --split=test > RUN/test.json` leaves it.
 """
 
+import argparse
 import csv
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 
-def read_sweep(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Returns by name, in the files' order, a dictionary for each seed.
+def read_sweep(folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Returns by name a dictionary for each seed, in their order; unfinished runs are left out.
 
-    Each has "seed", "validation" and, where it was read, "test" (0..1), and "minutes" of training.
+    Each has "validation" and, where it was read, "test" (0..1), and "minutes" of training.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob("*-*/metrics.csv")):
+    runs: dict[tuple[str, int], dict[str, float]] = {}
+    for path in folder.glob("*-*/metrics.csv"):
         name, _, seed = path.parent.name.rpartition("-")
         with open(path, newline="") as file:
-            last = list(csv.DictReader(file))[-1]
-        run = {
-            "seed": int(seed),
-            "validation": float(last["validation_accuracy"]),
-            "minutes": float(last["train_seconds"]) / 60,
+            rows = list(csv.DictReader(file))
+        if not rows:
+            continue
+        runs[name, int(seed)] = {
+            "validation": float(rows[-1]["validation_accuracy"]),
+            "minutes": float(rows[-1]["train_seconds"]) / 60,
         }
         test = path.with_name("test.json")
         if test.exists():
-            run["test"] = json.loads(test.read_text())["accuracy"]
+            runs[name, int(seed)]["test"] = json.loads(test.read_text())["accuracy"]
+    found: dict[str, list[dict[str, float]]] = {}
+    for (name, _), run in sorted(runs.items()):
         found.setdefault(name, []).append(run)
     return found
 
@@ -44,7 +46,7 @@ def mean_and_each(values: Iterable[float]) -> str:
     return f"{np.mean(values):.4f} ({', '.join(f'{value:.4f}' for value in values)})"
 
 
-def table(runs: dict[str, list[dict[str, Any]]]) -> str:
+def table(runs: dict[str, list[dict[str, float]]]) -> str:
     """Returns the Markdown table of a sweep, the best on validation first."""
     tested = all("test" in run for of_name in runs.values() for run in of_name)
     keys = ("validation", "test") if tested else ("validation",)
@@ -62,7 +64,9 @@ def table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 def main() -> None:
     """Prints the table of the folder that is named."""
-    print(table(read_sweep(Path(sys.argv[1]))))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="the sweep's workdir")
+    print(table(read_sweep(parser.parse_args().folder)))
 
 
 if __name__ == "__main__":

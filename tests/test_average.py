@@ -1,5 +1,6 @@
 """Averaged weights and statistics measured anew, against PyTorch's `swa_utils` and NumPy."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,19 +12,19 @@ import pytest
 import torch
 from flax import nnx
 
-from cifar_jax import average
-from cifar_jax.checkpoint import Checkpointer
+from cifar_jax import average, run_weights
+from cifar_jax.checkpoint import HEAD_FOLDER, Checkpointer
 from cifar_jax.config import to_dict
 from cifar_jax.data.splits import fingerprint
 from cifar_jax.errors import UserError
-from cifar_jax.evaluate import measure
 from cifar_jax.models.registry import create_model
-from cifar_jax.models.transfer import TransferClassifier
+from cifar_jax.models.transfer import FlattenHead, TransferClassifier
 from cifar_jax.pretrained import port
 from cifar_jax.recording.run_record import update_run_record
+from cifar_jax.run_weights import read_step
 from cifar_jax.state import create_state, to_arrays
 from cifar_jax.statistics import with_statistics_of
-from cifar_jax.trained import load_trained
+from cifar_jax.trained import load_trained, measure
 from configs import resnet50_laptop
 from tests.references import torch_resnet50, weights
 
@@ -59,9 +60,31 @@ def test_statistics_are_those_of_pytorchs_update_bn():
     assert weights.worst(before, expected) > 0.1
 
 
-def save_run(workdir, sample, splits, **model):
+def test_dropout_noise_averages_out_of_the_statistics():
+    """Each batch has masks of its own: the mean's relative error goes with their number."""
+    batches = [weights.natural_images(16, 32, 32, seed=seed) for seed in range(24)]
+
+    class Head(nnx.Module):
+        def __init__(self, rate):
+            self.head = FlattenHead(
+                12, 10, dropout=rate, dtype=np.float32, param_dtype=np.float32, rngs=nnx.Rngs(0)
+            )
+
+        def __call__(self, images, *, train, keys):
+            maps = images[:, ::16, ::16].astype(np.float32)
+            return self.head(maps, train=train, keys=keys, axis_name=None)
+
+    plain, dropped = (
+        np.asarray(with_statistics_of(Head(rate), batches).head.norm2.mean) for rate in (0.0, 0.5)
+    )
+    # 384 examples, each kept or doubled at even odds: 1 / sqrt(384) = 0.05 where all are alike.
+    assert np.linalg.norm(dropped - plain) < 0.1 * np.linalg.norm(plain)
+
+
+def save_run(workdir, sample, splits, *, freeze="", **model):
     """Two checkpoints as a run of the sample leaves them; returns the weights of both."""
     config = resnet50_laptop.get_config()
+    config.freeze.layers = freeze
     config.data.source = "sample"
     config.schedule.warmup = "0 steps"
     config.model.update(**{"upsampling": 1, **model})
@@ -97,20 +120,22 @@ def parameters(values):
 def test_the_mean_of_all_checkpoints(run, tmp_path, monkeypatch, capsys, sample_splits):
     workdir, (first, second) = run
     dest = tmp_path / "mean.safetensors"
-    command = ["average", str(workdir), str(dest), "--checkpoint=all", f"--images={IMAGES}"]
+    command = ["average", str(workdir), "--checkpoint=all", str(dest), f"--images={IMAGES}"]
     monkeypatch.setattr(sys, "argv", command)
     average.main()
     told = json.loads(capsys.readouterr().out)
-    assert told["checkpoints"] == [f"run, step {step}" for step in STEPS]
+    assert told["checkpoints"] == [f"{workdir}, step {step}" for step in STEPS]
 
     written = port.read(dest)
-    assert written.header.source == "mean of run, step 2; run, step 5"
+    assert written.header.source == "mean of run, step 2; run, step 5, with statistics of its own"
     assert written.header.test_time_flip and written.header.upsampling == 1
     for name, x in parameters(written.values).items():
         wide = (first[name].astype(np.float64) + second[name]) / 2
         np.testing.assert_array_equal(x, wide.astype(np.float32), err_msg=name)
     moved = "backbone.stage4.block1.norm1.var"
     assert not np.allclose(written.values[moved], first[moved], rtol=0.1)
+    plain = read_step(workdir, STEPS[0]).weights.header
+    assert written.header.sha256 != plain.sha256
 
     # What was told is what the file does, mirror images included.
     trained = load_trained(weights=dest)
@@ -136,11 +161,24 @@ def test_another_size_moves_statistics_alone(run, tmp_path):
     assert weights.error(found[2].values[name], found[None].values[name]) > 0.01
 
 
+@pytest.mark.slow
+def test_what_was_frozen_keeps_its_statistics(tmp_path, sample, sample_splits):
+    first, second = save_run(tmp_path / "run", sample, sample_splits, freeze="stem stage1")
+    dest = tmp_path / "a.safetensors"
+    average.average([tmp_path / "run"], dest, images=IMAGES)
+    found = port.read(dest).values
+    for name in second:
+        if name.endswith((".mean", ".var")):
+            is_frozen = "stem" in name or "stage1" in name
+            assert np.array_equal(found[name], second[name]) == is_frozen, name
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(preprocessing="unit"), "config.model.preprocessing is 'unit'"),
         (dict(upsampling=3), "config.model.upsampling is 3"),
+        (dict(freeze="stem"), "config.freeze.layers is 'stem'"),
     ],
 )
 def test_runs_of_two_models_have_no_mean(run, tmp_path, change, message, sample, sample_splits):
@@ -151,27 +189,59 @@ def test_runs_of_two_models_have_no_mean(run, tmp_path, change, message, sample,
     assert not (tmp_path / "a.safetensors").exists()
 
 
-def test_runs_of_two_origins_have_no_mean(run, tmp_path):
+def test_runs_of_two_origins_have_no_mean(run, tmp_path, monkeypatch):
     other = tmp_path / "other"
     shutil.copytree(run[0], other)
     update_run_record(other, weights={"sha256": "abc"})
-    with pytest.raises(UserError, match="the file it started from.* is 'abc', in run, step 5"):
+    with pytest.raises(UserError, match="the file it started from is 'abc', of .*/run, step 5"):
         average.average([run[0], other], tmp_path / "a.safetensors")
+    # Without a file, weights are drawn: two seeds have no common start.
+    (other / "run.json").unlink()
+    read = average_reading(monkeypatch, lambda workdir: {"seed": int(workdir == other)})
+    with pytest.raises(UserError, match="config.seed is 1, of .*/run, step 5 0"):
+        average.average([run[0], other], tmp_path / "a.safetensors")
+    assert len(read) == 2
+
+
+def average_reading(monkeypatch, changes):
+    """Has every checkpoint read with changes in its configuration; returns what was read."""
+    plain, read = run_weights.read_step, []
+
+    def read_changed(workdir, step):
+        found = plain(workdir, step)
+        config = {**found.extra["config"], **changes(workdir)}
+        read.append(workdir)
+        return dataclasses.replace(found, extra={**found.extra, "config": config})
+
+    monkeypatch.setattr(run_weights, "read_step", read_changed)
+    return read
+
+
+def test_images_of_other_splits_are_refused(run, tmp_path, monkeypatch):
+    data = resnet50_laptop.get_config().data.to_dict()
+    changed = {"data": {**data, "source": "sample", "split_seed": 7}}
+    average_reading(monkeypatch, lambda workdir: changed)
+    with pytest.raises(UserError, match="a run on other images or splits than sample"):
+        average.average([run[0]], tmp_path / "a.safetensors")
 
 
 def test_what_no_average_can_be_made_of(run, tmp_path):
+    dest = tmp_path / "a.safetensors"
     with pytest.raises(UserError, match="expected a name that ends in .safetensors"):
         average.average([run[0]], tmp_path / "a.npz")
     with pytest.raises(UserError, match="holds no latest checkpoint"):
-        average.average([tmp_path], tmp_path / "a.safetensors", checkpoint="all")
-    probe = tmp_path / "probe"
-    shutil.copytree(run[0], probe)
-    update_run_record(probe, features={"cut": "pooled"})
+        average.average([tmp_path], dest, checkpoint="all")
+    with pytest.raises(UserError, match="run is named 2 times"):
+        average.average([run[0], tmp_path / ".." / run[0]], dest)
+    (tmp_path / "probe" / HEAD_FOLDER).mkdir(parents=True)
     with pytest.raises(UserError, match="a head on frozen features"):
-        average.average([probe], tmp_path / "a.safetensors")
+        average.average([tmp_path / "probe"], dest)
+    dest.mkdir()
+    with pytest.raises(UserError, match="a.safetensors is a folder"):
+        average.average([run[0]], dest)
 
 
 def test_a_flatten_head_reads_one_size(tmp_path, sample, sample_splits):
     save_run(tmp_path / "run", sample, sample_splits, head="flatten")
-    with pytest.raises(UserError, match="--upsampling 2: run, step 5 has a flatten head"):
+    with pytest.raises(UserError, match="--upsampling 2: .*/run, step 5 has a flatten head"):
         average.average([tmp_path / "run"], tmp_path / "a.safetensors", upsampling=2)

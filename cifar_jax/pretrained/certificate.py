@@ -141,7 +141,8 @@ def as_text(certificate: dict[str, Any]) -> str:
         f"  preprocessing  {certificate['preprocessing']}",
         *([f"  network        {certificate['network']}"] if certificate["network"] else []),
         f"  head           {certificate['head']}, upsampling {certificate['upsampling']}, "
-        f"interpolation {certificate['interpolation']}",
+        f"interpolation {certificate['interpolation']}"
+        + (", mean over image and mirror image" if certificate["test_time_flip"] else ""),
         f"  license        {certificate['license']}",
         f"  read           {certificate['read']} entries",
         f"  loaded         {certificate['loaded']} tensors, {certificate['numbers']:,} numbers",

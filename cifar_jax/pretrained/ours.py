@@ -37,8 +37,8 @@ _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", 
 class Header:
     """What a file of ours says about itself: origin, and what it takes to run the model."""
 
-    source: str  # file name; of a run: workdir and step
-    sha256: str  # of the source file; of a run: its checkpoint's digest
+    source: str  # file name; of a run: workdir and step; of an average: those of all
+    sha256: str  # of the source file; of a run: its checkpoint's digest; of an average: of those
     md5: str  # of the source file; "none" of a run
     naming: str  # whose names and layout the source had
     variant: str  # "keras" | "torchvision": the form of ResNet-50
@@ -50,7 +50,7 @@ class Header:
     head: str | None = None
     upsampling: int | None = None
     interpolation: str | None = None
-    test_time_flip: bool = False
+    test_time_flip: bool = False  # logits are the mean over image and mirror image
     # The header of the weights that a run started from.
     initial: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
