@@ -5,6 +5,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 import ml_collections
@@ -125,24 +126,28 @@ MAY_CHANGE = frozenset(
 )
 
 
-def durations_in_steps(config: Mapping[str, Any], steps_per_epoch: int) -> dict[str, int]:
+def durations_in_steps(
+    config: Mapping[str, Any], steps_per_epoch: int
+) -> dict[str, int | Fraction]:
     """Returns every duration of `config` in steps, keyed as in the configuration.
+
+    "train_for" and "warmup" are whole numbers; what comes again and again is exact.
 
     Raises:
       UserError: for a period that comes out below one step.
     """
     texts = {key: config[key] for key in PERIODS}
-    steps = {key: Duration.parse(t, key=key).steps(steps_per_epoch) for key, t in texts.items()}
+    durations = {key: Duration.parse(text, key=key) for key, text in texts.items()}
+    steps = {key: each.exact_steps(steps_per_epoch) for key, each in durations.items()}
     for key, value in steps.items():
         if value > INT32_MAX:
-            raise UserError(
-                f'config.{key} is "{texts[key]}", {value} steps; expected at most {INT32_MAX}'
-            )
+            raise UserError(f'config.{key} is "{texts[key]}"; expected at most {INT32_MAX} steps')
         if value < 1:
             raise UserError(
                 f'config.{key} is "{texts[key]}"; that is less than one step '
                 f"(an epoch has {steps_per_epoch})"
             )
+    steps["train_for"] = durations["train_for"].steps(steps_per_epoch)
     warmup = Duration.parse(config["schedule"]["warmup"], key="schedule.warmup")
     steps["warmup"] = warmup.steps(steps_per_epoch)
     if steps["warmup"] > steps["train_for"]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 from cifar_jax.errors import UserError
 
@@ -10,7 +11,7 @@ from cifar_jax.errors import UserError
 class Duration:
     """A number of epochs or of steps, as written in a configuration."""
 
-    value: float
+    value: Fraction
     unit: str  # "epoch" or "step"
 
     @classmethod
@@ -31,8 +32,20 @@ class Duration:
                 f'config.{key} is "{text}"; expected a number and its unit, such as "10 epochs" '
                 'or "500 steps"'
             )
-        return cls(value, unit)
+        return cls(Fraction(number), unit)
+
+    def exact_steps(self, steps_per_epoch: int) -> Fraction:
+        """Returns the duration in training steps, of which it may hold a part."""
+        return self.value * (steps_per_epoch if self.unit == "epoch" else 1)
 
     def steps(self, steps_per_epoch: int) -> int:
-        """Returns the duration in whole training steps, rounded to the nearest."""
-        return round(self.value * (steps_per_epoch if self.unit == "epoch" else 1))
+        """Returns the duration in whole training steps, as `nearest_step` rounds."""
+        return nearest_step(self.exact_steps(steps_per_epoch))
+
+
+def nearest_step(steps: Fraction | int) -> int:
+    """Returns the nearest whole number, the lower one of two that are equally near.
+
+    Three times "1.5 epochs" end where "4.5 epochs" do, whatever an epoch has.
+    """
+    return -((steps.denominator - 2 * steps.numerator) // (2 * steps.denominator))

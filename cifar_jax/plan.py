@@ -2,9 +2,11 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from fractions import Fraction
 from typing import Any
 
 from cifar_jax import config as configuration
+from cifar_jax.durations import nearest_step
 from cifar_jax.errors import UserError
 from cifar_jax.phases import Phase, make_phases
 
@@ -20,9 +22,9 @@ class Plan:
     steps_per_epoch: int
     total: int
     warmup: int
-    evaluate_every: int
-    log_every: int
-    checkpoint_every: int
+    evaluate_every: Fraction  # what comes again and again falls on the nearest steps
+    log_every: Fraction
+    checkpoint_every: Fraction
     phases: tuple[Phase, ...]
 
     def calls(self, start: int) -> Iterator[tuple[int, int]]:
@@ -79,13 +81,19 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
     )
 
 
-def next_stop(step: int, periods: list[int], total: int) -> int:
-    """Returns the first step after `step` that is a multiple of a period, or the last one."""
-    return min([total] + [(step // period + 1) * period for period in periods])
+def next_stop(step: int, periods: list[Fraction | int], total: int) -> int:
+    """Returns the first step after `step` at which a period ends, or the last one."""
+    return min([total] + [nearest_step((_ended(step, p) + 1) * p) for p in periods])
+
+
+def _ended(step: int, period: Fraction | int) -> int:
+    """Returns how many periods have ended after `step` updates, each at its nearest step."""
+    # floor((step + 1/2) / period), in whole numbers: it is asked for several times a step.
+    return (2 * step + 1) * period.denominator // (2 * period.numerator)
 
 
 def plan_calls(
-    start: int, total: int, *, steps_per_call: int, periods: list[int], stops: list[int]
+    start: int, total: int, *, steps_per_call: int, periods: list[Fraction | int], stops: list[int]
 ) -> Iterator[tuple[int, int]]:
     """Cuts the steps from `start` to `total` into calls.
 
@@ -97,7 +105,7 @@ def plan_calls(
       start: finished steps.
       total: steps of the whole run.
       steps_per_call: the longest call.
-      periods: steps between evaluations, saves, rows and epochs; no call crosses a multiple.
+      periods: steps between evaluations, saves, rows and epochs; no call crosses the end of one.
       stops: steps that no call crosses either.
 
     Yields:
@@ -110,6 +118,6 @@ def plan_calls(
         start = end
 
 
-def is_due(step: int, period: int, total: int) -> bool:
+def is_due(step: int, period: Fraction | int, total: int) -> bool:
     """Tells whether `step` finished updates call for what happens every `period` and at the end."""
-    return step > 0 and (step % period == 0 or step == total)
+    return step > 0 and (_ended(step, period) > _ended(step - 1, period) or step == total)
