@@ -10,6 +10,7 @@ import numpy as np
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained.fetch import resolve
 from cifar_jax.pretrained.load import Loaded, load_pretrained
+from cifar_jax.pretrained.names import VARIANTS
 from cifar_jax.state import TrainState, model_leaves
 
 
@@ -25,10 +26,16 @@ def find_weights(config: Mapping[str, Any]) -> Path | None:
     Raises:
       UserError: where it is missing and cannot be had, or has not the published hash.
     """
-    if config["name"] != "resnet50" or config["pretrained"] == "none":
+    pretrained, variant = config["pretrained"], config["variant"]
+    if config["name"] != "resnet50" or pretrained == "none":
         return None
+    if pretrained in VARIANTS and pretrained != variant:  # told without a download
+        raise UserError(
+            f'config.model.variant is "{variant}", but config.model.pretrained="{pretrained}" are '
+            f'weights of the "{pretrained}" variant; set config.model.variant={pretrained}'
+        )
     try:
-        return resolve(config["pretrained"])
+        return resolve(pretrained)
     except UserError as error:
         raise type(error)(f"config.model.pretrained: {error}") from error
 

@@ -64,6 +64,9 @@ def train_and_evaluate(
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
     with jax.default_matmul_precision(config.matmul_precision):
         setup = set_up(plain, lambda config: create_model(config, seed=plain["seed"]))
+        if not has_checkpoints(workdir):
+            loaded = setup.pretrained()  # a file that does not fit is told before all is written
+            setup = dataclasses.replace(setup, pretrained=lambda: loaded)
         with locked(workdir, setting="--workdir"), StopSignal() as stop:
             return run(setup, workdir, stop=stop, profile=profile)
 

@@ -164,7 +164,7 @@ def cases(*slow: tuple[str, float]) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize("execution", [JitExecution, PmapExecution])
-@cases(("resnet50", 0.0), ("resnet50", 0.5))
+@cases(("narrow", 0.5), ("resnet50", 0.0), ("resnet50", 0.5))
 def test_three_steps_equal_one_device(execution, case, stack, single):
     run = train(execution(), case, stack)
     assert run.replicas == 8

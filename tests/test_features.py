@@ -267,6 +267,7 @@ KEYS = {
     "dtype": ({"model__compute_dtype": "bfloat16"}, False),
     "precision": ({"matmul_precision": "default"}, False),
     "head": ({"model__head": "flatten"}, False),
+    "cut": ({"freeze__features": "stage3"}, False),
 }
 VALUES = {
     "backbone.stage1.b": np.arange(3.0),
@@ -278,7 +279,7 @@ VALUES = {
 def folder(config, values=VALUES, images=None):
     """Where features are kept."""
     plain = to_dict(config)
-    backbone = Backbone(plain["model"], values)
+    backbone = Backbone(plain["model"], values, plain["freeze"]["features"])
     images = images or {"train": "aa", "test": "bb"}
     key = probe.feature_key(plain, backbone, images_sha256=images)
     return FeatureCache(config.data.directory, key).folder

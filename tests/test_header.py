@@ -21,12 +21,20 @@ def parsed(**changes):
     return ours.parse_header({"cifar_jax": json.dumps(about)}, "a.safetensors")
 
 
+def nested(levels):
+    value = 1
+    for _ in range(levels):
+        value = {"initial": value}
+    return value
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         {"variant": "torchvision", "preprocessing": "unknown", "license": "Apache-2.0 (see x)"},
         {"head": "pooled", "upsampling": 8, "interpolation": "bilinear"},
         {"head": None, "upsampling": None, "interpolation": None, "initial": {"source": "é\n"}},
+        {"initial": nested(64)},
         {"source": "'r\\xe9seau.h5'", "sha256": ""},
     ],
 )
@@ -45,7 +53,7 @@ FORGED = "MIT\n  loaded         320 tensors"
         *({"head": value} for value in ("mlp", "", False, ["flatten"])),
         *({"upsampling": value} for value in (0, 9, 16, -8, True, 2.0, "2", [2], float("nan"))),
         *({"interpolation": value} for value in ("bicubic", "", 0, {})),
-        *({"initial": value} for value in ("a", 1, False, [])),
+        *({"initial": value} for value in ("a", 1, False, [], nested(65), nested(900))),
         *({name: 7} for name in ("source", "sha256", "md5", "naming", "license")),
         *({name: FORGED} for name in ("source", "sha256", "md5", "naming", "license")),
         *({"license": value} for value in (None, {}, "\x1b[2J", "\u202egpj", "\u2028")),

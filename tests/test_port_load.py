@@ -166,6 +166,51 @@ def test_settings_that_a_tuned_head_was_not_trained_with_are_noted(
 
 
 @pytest.mark.parametrize(
+    ("asked", "own", "note"),
+    [
+        ("torchvision", "torchvision", None),
+        (
+            "unit",
+            "torchvision",
+            'config.model.preprocessing is "unit"; these weights were trained ',
+        ),
+        ("torchvision", "unit", 'is "torchvision"; these weights were trained with "unit"'),
+        ("unit", "unknown", "does not say which preprocessing it was trained with"),
+    ],
+)
+def test_a_preprocessing_that_is_not_the_weights_own_is_noted(asked, own, note, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    header = dataclasses.replace(_HEADER, preprocessing=own)
+    ours.write(path, _random(Structure("torchvision")), header)
+    config = {"name": "resnet50", "variant": "torchvision", "preprocessing": asked}
+    told = []
+    load_initial_weights(_transfer(), config | {"pretrained": str(path)}, tell=told.append)
+    notes = told[1:]
+    assert len(notes) == (note is not None)
+    assert all(line.startswith("note: ") and note in line for line in notes)
+
+
+@pytest.mark.parametrize(
+    ("pretrained", "variant"), [("keras", "torchvision"), ("torchvision", "keras")]
+)
+def test_the_other_variant_is_told_without_a_download(pretrained, variant, monkeypatch):
+    monkeypatch.setattr("cifar_jax.initial.resolve", lambda _: pytest.fail("looked for the file"))
+    with pytest.raises(UserError, match=f"set config.model.variant={pretrained}"):
+        find_weights({"name": "resnet50", "pretrained": pretrained, "variant": variant})
+
+
+def test_differences_without_end_are_counted(tmp_path):
+    path = tmp_path / "many.safetensors"
+    empty = {f"layer{number}": np.zeros(0, np.float32) for number in range(1000)}
+    ours.write(path, empty, _HEADER)
+    with pytest.raises(UserError) as caught:
+        port.read(path)
+    first, *lines = str(caught.value).splitlines()
+    assert "differences from the expected ResNet-50" in first
+    assert len(lines) == 401 and lines[-1].strip().startswith("... and ")
+
+
+@pytest.mark.parametrize(
     ("file", "expected", "message"),
     [
         ("plain", lambda: _backbone(classes=1000), r"2 differences(.|\n)*top.kernel: missing"),
@@ -295,7 +340,7 @@ def test_command_refuses_what_no_source_makes_right_before_it_is_fetched(
 
 
 def test_a_folder_of_weights_is_told_to_be_ported_first(tmp_path):
-    config = {"name": "resnet50", "pretrained": str(tmp_path)}
+    config = {"name": "resnet50", "variant": "keras", "pretrained": str(tmp_path)}
     with pytest.raises(UserError) as caught:
         find_weights(config)
     assert str(caught.value) == (

@@ -1,5 +1,6 @@
 """The whole transfer model against Keras's, and what its options promise."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
+from cifar_jax import steps
 from cifar_jax.models import resnet50
 from cifar_jax.models.stem import repeat_pixels
 from cifar_jax.models.transfer import (
@@ -19,7 +21,10 @@ from cifar_jax.models.transfer import (
     TransferClassifier,
     preprocess,
 )
-from tests.references import keras_transfer, runs, weights
+from cifar_jax.optim import make_optimizer
+from cifar_jax.state import create_state, model_leaves
+from tests.references import keras_transfer, runs, torch_transfer, weights
+from tests.test_optim import BASE
 
 SLOW = pytest.mark.slow
 BATCH = 4
@@ -111,6 +116,36 @@ def test_three_rmsprop_steps_equal_keras(upsampling, preprocessing, batch):
     moved = {p for p, v in weights.errors(after, before).items() if v > 1e-6}
     # A convolution's bias is taken out again by its batch norm: no gradient.
     assert moved == {p for p in before if not ("conv" in p and p.endswith("bias"))}
+
+
+@pytest.mark.parametrize(
+    ("upsampling", "batch"), [pytest.param(2, 4, marks=SLOW), pytest.param(8, 8, marks=SLOW)]
+)
+def test_three_whole_steps_of_v1_5_equal_pytorch(upsampling, batch):
+    """`steps.train_step` with our optimizer: losses and all variables afterwards, in float64.
+
+    1e-9 of each tensor's largest value, and 1e-5 of its largest movement, which is 1e-4 of that.
+    """
+    pixels, labels = images(batch), LABELS[:batch]
+    with jax.enable_x64(True):
+        options = dict(upsampling=upsampling, preprocessing="torchvision")
+        model = create(variant="torchvision", **options)
+        before = {name: np.asarray(x) for name, x in weights.variables(model).items()}
+        optimizer = dataclasses.replace(BASE, learning_rate=LEARNING_RATE)
+        update = make_optimizer(optimizer, optax.constant_schedule(LEARNING_RATE))
+        state, step, losses = create_state(model, update, seed=0), jax.jit(steps.train_step), []
+        for _ in range(STEPS):
+            state, metrics = step(state, {"image": pixels, "label": labels.astype(np.int32)})
+            losses.append(float(metrics.loss) / batch)
+        after = {name: np.asarray(x) for name, x in model_leaves(state.parts).items()}
+    expected_losses, expected = torch_transfer.train(
+        before, pixels, labels, steps=STEPS, learning_rate=LEARNING_RATE, upsampling=upsampling
+    )
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-9)
+    assert weights.worst(after, expected) < 1e-9
+    moved, should = ({p: x[p] - before[p] for p in before} for x in (after, expected))
+    assert weights.worst(moved, should) < 1e-5
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_parameter_count_is_keras_s():

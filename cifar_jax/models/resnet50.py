@@ -153,6 +153,8 @@ class ResNet50(nnx.Module):
 
     def stem(self, x: jax.Array, repeats: int) -> jax.Array:
         """The first convolution, of `x` with every pixel repeated."""
+        if repeats % 2 and repeats != 1:
+            raise ValueError(f"repeats is {repeats}, expected 1 or an even number")
         if repeats == 1:
             return self.stem_conv(x)
         y = conv_of_repeated(x, self.stem_conv.kernel[...], repeats)

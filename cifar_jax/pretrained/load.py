@@ -9,7 +9,7 @@ import numpy as np
 
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import port
-from cifar_jax.pretrained.names import differences
+from cifar_jax.pretrained.names import differences, listed
 from cifar_jax.pretrained.ours import Header
 
 _BACKBONE = "backbone."
@@ -74,10 +74,9 @@ def fit(
         if not np.can_cast(np.float32, like.dtype, "safe")
     ]
     if lines:
-        listed = "\n  ".join(lines)
         raise UserError(
             f"{path}: {len(lines)} differences between its {weights.header.variant} weights and "
-            f"the model:\n  {listed}"
+            f"the model:\n  {listed(lines)}"
         )
     cast = {name: array.astype(wanted[name].dtype, copy=False) for name, array in kept.items()}
     return Loaded(cast, weights.header, unused=tuple(sorted(unused)), fresh=tuple(sorted(fresh)))

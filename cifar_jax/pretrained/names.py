@@ -17,6 +17,7 @@ FEATURES = 2048
 IMAGENET_CLASSES = 1000
 HIDDEN = (128, 64)  # of the flatten head
 
+_MOST_LISTED = 400  # a whole model has 320 tensors
 Shape = tuple[int, ...]
 
 
@@ -142,6 +143,13 @@ def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, Shape]) 
         elif name.endswith(("var", "variance")) and array.min() < 0:
             lines.append(f"{name}: negative variance")
     return lines + wrong_dtypes(dtypes)
+
+
+def listed(lines: list[str]) -> str:
+    """Returns the lines below each other; of more than any ResNet-50 explains, the first ones."""
+    more = len(lines) - _MOST_LISTED
+    shown = lines[:_MOST_LISTED] + ([f"... and {more:,} more"] if more > 0 else [])
+    return "\n  ".join(shown)
 
 
 def wrong_dtypes(dtypes: Mapping[str, str]) -> list[str]:

@@ -30,6 +30,7 @@ _CHOICES = {
 # give the same bytes.
 _KEY = "cifar_jax"
 _MOST_HEADER_BYTES = 16 << 20  # a ResNet-50's has about 30 KB
+_MOST_LEVELS = 64  # of weights that were trained on from weights that were trained on from ...
 _DTYPES = {"F64", "F32", "F16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 
 
@@ -116,9 +117,17 @@ def _is_possible(name: str, value: Any) -> bool:
     if name in _CHOICES:  # True and 1.0 equal 1
         return any(type(value) is type(choice) and value == choice for choice in _CHOICES[name])
     if name == "initial":
-        return value is None or isinstance(value, dict)
+        return value is None or (isinstance(value, dict) and _is_shallow(value))
     # A text goes into certificates, where it must not forge a line.
     return name == "format_version" or (isinstance(value, str) and is_printable(value))
+
+
+def _is_shallow(value: Any, levels: int = _MOST_LEVELS) -> bool:
+    """Tells whether JSON is nested less deeply than copying it could stand."""
+    inner = value.values() if isinstance(value, dict) else value
+    return not isinstance(value, dict | list) or (
+        levels > 0 and all(_is_shallow(each, levels - 1) for each in inner)
+    )
 
 
 def check_content(

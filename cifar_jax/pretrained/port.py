@@ -19,6 +19,7 @@ from cifar_jax.pretrained.names import (
     Entry,
     Structure,
     differences,
+    listed,
     printable,
     shapes,
     structure_of,
@@ -292,6 +293,5 @@ def _through_table(source: _Source, path: Path) -> dict[str, np.ndarray]:
 
 def _raise_on(lines: list[str], path: Path, advice: str = "") -> None:
     if lines:
-        listed = "\n  ".join(lines)
         count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
-        raise UserError(f"{path}: {count} from the expected ResNet-50{advice}:\n  {listed}")
+        raise UserError(f"{path}: {count} from the expected ResNet-50{advice}:\n  {listed(lines)}")

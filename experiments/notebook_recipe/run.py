@@ -1,11 +1,11 @@
 """The first 30 steps of the notebook's transfer recipe: our command beside Keras's `fit`.
 
-    python -m experiments.notebook_recipe.run --weights=FILE [--workdir=runs/notebook_recipe]
+    python -m experiments.notebook_recipe.run [--weights=FILE] [--workdir=runs/notebook_recipe]
 
 `configs/resnet50.py` without dropout, on both sides from the same weights and on the same batches.
 Ours is the command itself, stopped half-way and gone on with. Writes results.json and results.md; a
 second start goes on where the first one stopped. FILE: ImageNet weights of any form that
-`python -m cifar_jax.port_weights` reads.
+`python -m cifar_jax.port_weights` reads; CIFAR_JAX_WEIGHTS may name it instead.
 """
 
 import argparse
@@ -17,11 +17,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from experiments.benchmarks import interleaved
+
+if TYPE_CHECKING:
+    from cifar_jax.data.splits import Split
 
 FOLDER = Path(__file__).parent
 STEPS = 30
@@ -89,19 +92,12 @@ def train_keras(weights: Path, path: Path) -> None:
     import keras
 
     from cifar_jax.data.pipeline import train_batches, train_rows
-    from cifar_jax.initial import start_state
-    from cifar_jax.models.registry import create_model
-    from cifar_jax.state import MODEL_PARTS, model_leaves
-    from cifar_jax.train import set_up
     from tests.references import keras_transfer
     from tests.references.weights import to_keras
 
     config = recipe(weights)
-    setup = set_up(config, lambda: create_model(config["model"], seed=config["seed"]))
-    state = start_state(setup.create, setup.pretrained())
-    initial = model_leaves({part: getattr(state, part) for part in MODEL_PARTS})
-    train, calls = setup.splits["train"], [(0, STEPS)]
-    rows = train_rows(train, calls, batch_size=BATCH_SIZE, seed=config["seed"])
+    train, initial = start(config)
+    rows = train_rows(train, [(0, STEPS)], batch_size=BATCH_SIZE, seed=config["seed"])
     batches = next(train_batches(train, rows))
     images = batches["image"].reshape(-1, 32, 32, 3).astype(np.float32)
 
@@ -131,6 +127,18 @@ def train_keras(weights: Path, path: Path) -> None:
         callbacks=[EveryStep()],
     )
     path.write_text(json.dumps(rows))
+
+
+def start(config: dict[str, Any]) -> tuple["Split", dict[str, Any]]:
+    """Returns the training images, and what our command starts from, by the model's names."""
+    from cifar_jax.initial import start_state
+    from cifar_jax.models.registry import create_model
+    from cifar_jax.setup import set_up
+    from cifar_jax.state import model_leaves
+
+    setup = set_up(config, lambda model: create_model(model, seed=config["seed"]))
+    state = start_state(setup.create, setup.pretrained().values)
+    return setup.splits["train"], model_leaves(state.parts)
 
 
 def recipe(weights: Path) -> dict[str, Any]:
@@ -186,7 +194,8 @@ def format_results(results: dict[str, Any]) -> str:
 def main() -> None:
     """Runs what is missing and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, required=True, help="ImageNet weights")
+    own = os.environ.get("CIFAR_JAX_WEIGHTS")
+    parser.add_argument("--weights", type=Path, default=own, required=not own)
     parser.add_argument("--workdir", type=Path, default=Path("runs/notebook_recipe"))
     options = parser.parse_args()
     os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"}
