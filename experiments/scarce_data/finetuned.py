@@ -1,7 +1,7 @@
 """What the runs of a whole ResNet-50 on few images share: 64 px, and a step budget by size.
 
     python -m cifar_jax.sweep experiments/scarce_data/finetuned.toml \\
-      --config=experiments/scarce_data/finetuned.py --workdir=runs/scarce \\
+      --config=experiments/scarce_data/finetuned.py --workdir=runs/scarce/finetuned \\
       --config.model.pretrained=FILE
 """
 

@@ -1,7 +1,7 @@
 """What the heads on frozen features of few images share: one linear layer, 64 px, 1,000 steps.
 
     python -m cifar_jax.sweep experiments/scarce_data/frozen.toml \\
-      --config=experiments/scarce_data/frozen.py --workdir=runs/scarce \\
+      --config=experiments/scarce_data/frozen.py --workdir=runs/scarce/frozen \\
       --config.model.pretrained=FILE
 """
 

@@ -1,7 +1,7 @@
 """What the MLPs on few images share: the notebook's MLP, with a step budget by size.
 
     python -m cifar_jax.sweep experiments/scarce_data/mlp.toml \\
-      --config=experiments/scarce_data/mlp.py --workdir=runs/scarce
+      --config=experiments/scarce_data/mlp.py --workdir=runs/scarce/mlp
 """
 
 import ml_collections
