@@ -71,16 +71,13 @@ def average(
 
     from cifar_jax.data.pipeline import call_rows
     from cifar_jax.plan import make_plan
-    from cifar_jax.pretrained import ours, port
+    from cifar_jax.pretrained import ours
     from cifar_jax.setup import check_same_images, load_splits
     from cifar_jax.state import model_leaves, split_model
     from cifar_jax.statistics import with_statistics_of
     from cifar_jax.trained import load_trained, measure
 
-    dest = pathlib.Path(dest).expanduser()
-    port.check_ending(dest, to=None)
-    if dest.is_dir():
-        raise UserError(f"{dest} is a folder; expected the name of a file to write")
+    dest = _check_dest(dest)
     checkpoints, values = _mean_of(_places(workdirs, checkpoint))
     first = checkpoints[0]
     header = _header(checkpoints, upsampling, images)
@@ -102,6 +99,17 @@ def average(
     totals = measure(load_trained(weights=dest), splits["validation"], batch_size=plan.batch_size)
     names = [each.name for each in checkpoints]
     return {"checkpoints": names, **totals.means(), "count": totals.count}
+
+
+def _check_dest(dest: str | os.PathLike) -> pathlib.Path:
+    """Refuses before anything is measured what could not be written."""
+    from cifar_jax.pretrained import port
+
+    dest = pathlib.Path(dest).expanduser()
+    port.check_ending(dest, to=None)
+    if dest.is_dir():
+        raise UserError(f"{dest} is a folder; expected the name of a file to write")
+    return dest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -525,8 +525,8 @@ def test_mutated_files_never_end_in_a_traceback(tmp_path, kind, examples):
 
 def test_the_bounds_of_the_fuzz_hold():
     with pytest.raises(MemoryError), bounded():
-        np.ones(_MEMORY + 1, np.uint8)
+        np.ones(2 * _MEMORY, np.uint8)
     with pytest.raises(TimeoutError), bounded(seconds=0.1):
         while True:
             pass
-    np.ones(_MEMORY + 1, np.uint8)  # and are gone behind it
+    np.ones(2 * _MEMORY, np.uint8)  # and are gone behind it

@@ -17,7 +17,7 @@ FEATURES = 2048
 IMAGENET_CLASSES = 1000
 HIDDEN = (128, 64)  # of the flatten head
 
-_MOST_LISTED = 400  # a whole model has 320 tensors
+_MOST_LISTED = 1000  # a whole model has 320 tensors and 180 layers
 Shape = tuple[int, ...]
 
 
