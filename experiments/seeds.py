@@ -48,7 +48,7 @@ def mean_and_each(values: Iterable[float]) -> str:
 
 def table(runs: dict[str, list[dict[str, float]]]) -> str:
     """Returns the Markdown table of a sweep, the best on validation first."""
-    tested = all("test" in run for of_name in runs.values() for run in of_name)
+    tested = bool(runs) and all("test" in run for of_name in runs.values() for run in of_name)
     keys = ("validation", "test") if tested else ("validation",)
     lines = [
         " | ".join(["| run", *(f"{key}, mean (each seed)" for key in keys), "minutes a run |"]),
