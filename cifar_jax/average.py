@@ -96,7 +96,8 @@ def average(
         )
     leaves = model_leaves(split_model(model)[1])
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
-    totals = measure(load_trained(weights=dest), splits["validation"], batch_size=plan.batch_size)
+    trained = load_trained(weights=dest)
+    totals = measure(trained, splits["validation"], batch_size=plan.eval_batch_size)
     names = [each.name for each in checkpoints]
     return {"checkpoints": names, **totals.means(), "count": totals.count}
 

@@ -32,12 +32,6 @@ STEPS = (2, 5)
 IMAGES = 64
 
 
-def as_resnet50(values):
-    """A pooled head is a ResNet-50's top, in the test's own words."""
-    renamed = {name.removeprefix("backbone."): x for name, x in values.items()}
-    return {name.replace("head.logits", "top"): x for name, x in renamed.items()}
-
-
 def test_statistics_are_those_of_pytorchs_update_bn():
     """1e-10 of each statistic's largest value: float64 sums in another order."""
     batches = [weights.natural_images(4, 32, 32, seed=seed) for seed in range(3)]
@@ -48,9 +42,9 @@ def test_statistics_are_those_of_pytorchs_update_bn():
 
     with jax.enable_x64(True):
         model = weights.random_model(create)
-        before = as_resnet50(weights.variables(model))
-        found = as_resnet50(weights.variables(with_statistics_of(model, batches)))
-        assert weights.worst(as_resnet50(weights.variables(model)), before) == 0
+        before = weights.as_resnet50(weights.variables(model))
+        found = weights.as_resnet50(weights.variables(with_statistics_of(model, batches)))
+        assert weights.worst(weights.as_resnet50(weights.variables(model)), before) == 0
     theirs = torch_resnet50.ResNet50(num_classes=10).double()
     weights.to_torch(before, theirs)
     enlarged = [np.moveaxis(x.repeat(2, 1).repeat(2, 2) / 255, -1, 1) for x in batches]

@@ -70,12 +70,6 @@ def command(monkeypatch):
     return call
 
 
-def as_resnet50(values):
-    """A pooled head is a ResNet-50's top, in the test's own words."""
-    renamed = {name.removeprefix("backbone."): x for name, x in values.items()}
-    return {name.replace("head.logits", "top"): x for name, x in renamed.items()}
-
-
 def assert_equal(found, expected):
     assert found.keys() == expected.keys()
     for name, array in expected.items():
@@ -87,7 +81,7 @@ def test_a_pooled_run_is_keras_resnet50_of_ten_classes(run, command, tmp_path):
     command(workdir, tmp_path / "a.weights.h5", "--to", "keras")
     model = keras.applications.ResNet50(weights=None, classes=10, input_shape=(64, 64, 3))
     model.load_weights(tmp_path / "a.weights.h5")
-    expected = as_resnet50(values[LATEST])
+    expected = weights.as_resnet50(values[LATEST])
     assert len(model.weights) == len(expected)
     assert_equal(weights.from_keras(weights.keras_weights(model), expected), expected)
 
@@ -106,7 +100,7 @@ def test_a_pooled_run_is_torchvisions_resnet50_of_ten_classes(run, command, tmp_
     command(workdir, tmp_path / "a.safetensors", "--to", "torchvision")
     model = torch_resnet50.ResNet50(num_classes=10)
     model.load_state_dict(safetensors.torch.load_file(tmp_path / "a.safetensors"))
-    expected = as_resnet50(values[LATEST])
+    expected = weights.as_resnet50(values[LATEST])
     assert_equal(weights.from_torch(model.state_dict(), expected), expected)
 
 

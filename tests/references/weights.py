@@ -58,6 +58,12 @@ def draw(path: str, shape: tuple[int, ...]) -> np.ndarray:
     return rng.normal(0, 0.2, shape)
 
 
+def as_resnet50(flat: Mapping) -> dict:
+    """A transfer model with a pooled head is a ResNet-50 with a top: its values by those names."""
+    renamed = {name.removeprefix("backbone."): x for name, x in flat.items()}
+    return {name.replace("head.logits", "top"): x for name, x in renamed.items()}
+
+
 def load(model: nnx.Module, flat: Flat) -> None:
     """Puts values into a model; the paths must be the model's, all of them."""
     assert set(flat) == set(variables(model))
