@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax.config import check_version, flatten
@@ -29,7 +30,9 @@ from cifar_jax.phases import UPSAMPLINGS
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from flax import nnx
 
+    from cifar_jax.data.splits import Split
     from cifar_jax.phases import Phase
+    from cifar_jax.plan import Plan
     from cifar_jax.pretrained.ours import Header
 
 CHECKPOINTS = ("latest", "best", "all")
@@ -69,12 +72,10 @@ def average(
     import jax
     import numpy as np
 
-    from cifar_jax.data.pipeline import call_rows
     from cifar_jax.plan import make_plan
     from cifar_jax.pretrained import ours
     from cifar_jax.setup import check_same_images, load_splits
     from cifar_jax.state import model_leaves, split_model
-    from cifar_jax.statistics import with_statistics_of
     from cifar_jax.trained import load_trained, measure
 
     dest = _check_dest(dest)
@@ -86,14 +87,9 @@ def average(
     data, splits = load_splits(config)
     for each in checkpoints:
         check_same_images(data, splits, each.extra, workdir=each.name)
-    train = splits["train"]
-    plan = make_plan(config, train_count=len(train))
-    steps = min(plan.steps_per_epoch, max(1, images // plan.batch_size))
-    rows = call_rows(train, 0, steps, batch_size=plan.batch_size, seed=plan.seed)
+    plan = make_plan(config, train_count=len(splits["train"]))
     with jax.default_matmul_precision(config["matmul_precision"]):
-        model = with_statistics_of(
-            _fill(config, plan.phases[-1], values), (train.images[each] for each in rows)
-        )
+        model = _measured(_fill(config, plan.phases[-1], values), splits["train"], plan, images)
     leaves = model_leaves(split_model(model)[1])
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
     trained = load_trained(weights=dest)
@@ -176,6 +172,24 @@ def _fill(config: dict[str, Any], phase: "Phase", values: dict[str, Any]) -> "nn
     return nnx.merge(graphdef, *(parts[part] for part in MODEL_PARTS))
 
 
+def _measured(model: "nnx.Module", train: "Split", plan: "Plan", count: int) -> "nnx.Module":
+    """Returns the model with its statistics on `count` images, in an epoch's first batches."""
+    from cifar_jax.data.pipeline import call_rows
+    from cifar_jax.recording.progress import Counter
+    from cifar_jax.statistics import with_statistics_of
+
+    steps = min(plan.steps_per_epoch, max(1, count // plan.batch_size))
+    rows = call_rows(train, 0, steps, batch_size=plan.batch_size, seed=plan.seed)
+
+    def batches():
+        with closing(Counter("statistics", total=rows.size, start=0)) as counter:
+            for each in rows:
+                yield train.images[each]
+                counter.update(len(each))
+
+    return with_statistics_of(model, batches())
+
+
 def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
     """Refuses the mean of two models that are not one function, or have no common start."""
     ours, theirs = (dict(flatten(each.extra["config"])) for each in (first, other))
@@ -202,10 +216,11 @@ def _header(checkpoints: list[_Checkpoint], upsampling: int | None, images: int)
             f"reads images of upsampling {header.upsampling} alone; a pooled one reads any"
         )
     sources = "; ".join(each.header.source for each in checkpoints)
+    mean = "mean of " if len(checkpoints) > 1 else ""
     made_of = [*(each.header.sha256 for each in checkpoints), upsampling, images]
     return dataclasses.replace(
         header,
-        source=f"mean of {sources}, with statistics of its own",
+        source=f"{mean}{sources}, with statistics of its own",
         sha256=hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
         upsampling=upsampling,
     )

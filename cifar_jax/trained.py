@@ -1,5 +1,6 @@
 """A trained model, as a workdir or a file holds it: what predictions and evaluations start from."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -22,6 +23,7 @@ from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import port
 from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
+from cifar_jax.recording.progress import Counter
 from cifar_jax.state import (
     MODEL_PARTS,
     fill,
@@ -52,12 +54,15 @@ class Trained:
 
 
 def measure(trained: Trained, images: Split, *, batch_size: int) -> Totals:
-    """Returns the sums over all images of a split, each counted once."""
+    """Returns the sums over all images of a split, each counted once; shows how far it is."""
     totals = Totals()
-    for batch in eval_batches(images, batch_size=batch_size):
-        logits = trained.logits(batch["image"])
-        losses = cross_entropy(logits, batch["label"])
-        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
+    counter = Counter(f"evaluation on the {images.name} split", total=len(images), start=0)
+    with contextlib.closing(counter):
+        for batch in eval_batches(images, batch_size=batch_size):
+            logits = trained.logits(batch["image"])
+            losses = cross_entropy(logits, batch["label"])
+            totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
+            counter.update(int(batch["mask"].sum()))
     return totals
 
 

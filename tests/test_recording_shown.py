@@ -17,7 +17,7 @@ from PIL import Image
 
 from cifar_jax.errors import RunError
 from cifar_jax.recording import figures
-from cifar_jax.recording.progress import Progress
+from cifar_jax.recording.progress import Counter, Progress
 
 # Progress
 
@@ -51,6 +51,29 @@ def test_piped_lines_come_at_epoch_ends(clock):
         "saved",
         "epoch 2/3 step 200/300 ETA 00:00 4.27k img/s loss 2.5000 acc 0.1250",
     ]
+
+
+def test_piped_lines_of_what_has_no_steps(clock):
+    stream = io.StringIO()
+    counter = Counter("features", total=1000, start=200, stream=stream)
+    for seconds in (10, 25, 20, 20):
+        clock[0] += seconds
+        counter.update(200)
+    # The first update, whose time compiles, is left out of the speed: 200 images in 25 s, then
+    # 600 in 65 s.
+    assert stream.getvalue().splitlines() == [
+        "features: 600/1,000 images, 8.0 img/s, ETA 00:50",
+        "features: 1,000/1,000 images, 9.2 img/s, ETA 00:00",
+    ]
+
+
+def test_what_was_done_at_once_leaves_no_line(clock):
+    stream = io.StringIO()
+    counter = Counter("features", total=400, start=0, stream=stream)
+    for _ in range(4):
+        clock[0] += 5
+        counter.update(100)
+    assert stream.getvalue() == ""
 
 
 def test_the_time_left_counts_larger_images_as_they_cost(clock):

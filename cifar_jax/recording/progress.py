@@ -15,7 +15,10 @@ SECONDS_REMEMBERED = 60.0  # the speed shown is that of about so long
 
 
 class Counter:
-    """Shows how many images are done, how fast, and the time left, where there are no steps yet."""
+    """Shows how many images are done, how fast, and the time left, where there are no steps.
+
+    In a file or pipe what is done before the first line is due leaves none.
+    """
 
     def __init__(self, label: str, *, total: int, start: int, stream: TextIO | None = None):
         """Starts at `start`.
@@ -28,7 +31,7 @@ class Counter:
         """
         self._label, self._total, self._done = label, total, start
         self._stream = LastingStream(stream or sys.stderr)
-        self._printed_time = time.monotonic()
+        self._printed_time, self._has_printed = time.monotonic(), False
         self._first: tuple[int, float] | None = None  # the first update comes after a compilation
         self._bar = None
         if self._stream.isatty():
@@ -49,8 +52,9 @@ class Counter:
             return
         now = time.monotonic()
         self._first = self._first or (self._done, now)
-        if now - self._printed_time >= SECONDS_BETWEEN_LINES or self._done == self._total:
-            self._printed_time = now
+        waited = now - self._printed_time >= SECONDS_BETWEEN_LINES
+        if waited or (self._has_printed and self._done == self._total):
+            self._printed_time, self._has_printed = now, True
             line = f"{self._label}: {self._done:,}/{self._total:,} images{self._speed(now)}"
             print(line, file=self._stream, flush=True)
 
