@@ -1,6 +1,10 @@
 """Eight virtual CPU devices and JAX's strict settings, set before anything imports JAX."""
 
 import os
+import signal
+
+# Under nohup it is ignored, and the processes that tests start would inherit that.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")

@@ -738,10 +738,8 @@ def test_killed_while_features_are_computed(module_config, tmp_path):
     assert_same_run(tmp_path / "run_b", tmp_path / "run_a")
 
 
-@pytest.mark.parametrize(
-    ("part", "batch_norm"),
-    [pytest.param("stem", "frozen", marks=pytest.mark.slow), ("stage3", "train")],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("part", "batch_norm"), [("stem", "frozen"), ("stage3", "train")])
 def test_a_cached_prefix_trains_what_follows(module_config, small_data, tmp_path, part, batch_norm):
     """Step for step what the same run does on images, with that prefix frozen by name."""
     own = {"freeze__features": part, "data__directory": str(tmp_path / "data")}
