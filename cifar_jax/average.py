@@ -100,12 +100,10 @@ def average(
 
 def _check_dest(dest: str | os.PathLike) -> pathlib.Path:
     """Refuses before anything is measured what could not be written."""
-    from cifar_jax.pretrained import port
+    from cifar_jax.pretrained import ours
 
     dest = pathlib.Path(dest).expanduser()
-    port.check_ending(dest, to=None)
-    if dest.is_dir():
-        raise UserError(f"{dest} is a folder; expected the name of a file to write")
+    ours.check_dest(dest, to=None)
     return dest
 
 

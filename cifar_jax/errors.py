@@ -1,6 +1,7 @@
 """Bad input is told in one line and ends with exit code 2, never with a traceback."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -85,8 +86,11 @@ def exit_on_user_error() -> Iterator[None]:
         silence(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (OSError, MemoryError) as error:
-        _exit(one_line(error), RunError.exit_code)
+        is_input = getattr(error, "errno", None) == errno.ENAMETOOLONG
+        _exit(one_line(error), (UserError if is_input else RunError).exit_code)
     except RuntimeError as error:  # JAX's own error is one
+        if "Could not determine home directory" in str(error):  # pathlib's, which names no path
+            _exit("a path begins with ~NAME, and there is no such user; write it out", 2)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _exit(f"out of memory ({one_line(error)}); try smaller sizes", RunError.exit_code)

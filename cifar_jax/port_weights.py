@@ -111,7 +111,9 @@ def _complete(weights: port.Weights, stated: dict[str, Any]) -> port.Weights:
 
 def _check_request(flags: argparse.Namespace, stated: dict[str, Any]) -> None:
     """Refuses what no source could make right."""
-    port.check_ending(flags.dest, flags.to)
+    ours.check_dest(flags.dest, flags.to)
+    if flags.certificate:
+        ours.check_is_no_folder(flags.certificate)
     if flags.to and stated:
         raise UserError(f"--{next(iter(stated))}: a file made with --to has no place for it")
     for variant in (flags.variant, flags.source):

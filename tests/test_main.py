@@ -91,6 +91,10 @@ CASES = {
     "no arguments": ("main", [], nothing, "--config is missing"),
     "no workdir": ("main", [MLP], nothing, "--workdir is missing"),
     "empty workdir": ("main", [MLP, "--workdir="], nothing, "--workdir is missing"),
+    "home of nobody": ("main", [MLP, "--workdir=~nobody_of_that_name/x", SAMPLE], nothing, "user"),
+    "too long a name": (
+        "main", [MLP, f"--workdir={'x' * 300}", SAMPLE], nothing, "File name too long",
+    ),
     "unknown flag": ("main", [*TRAIN, "--wrkdir=x"], nothing, "wrkdir"),
     "loose argument": ("main", [*TRAIN, "configs/mlp.py"], nothing, "unexpected argument"),
     "no such config": ("main", ["--config=nope.py", "--workdir=new"], nothing, "nope.py"),

@@ -5,6 +5,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from cifar_jax import port_weights
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained import certificate, ours, port, pth
 from tests import port_sources
@@ -125,6 +126,14 @@ def test_certificate_is_reproduced_by_pytorch(model, state, tmp_path):
         # Two float32 implementations of 50 layers: a few hundred roundings of 6e-8 of the scale.
         limit = 2e-5 * np.abs(array).max()
         np.testing.assert_allclose(found[name], array, rtol=0, atol=limit, err_msg=name)
+    ours.write(tmp_path / "ours.safetensors", weights.values, weights.header)
+    printed = certificate.certify(weights, tmp_path / "ours.safetensors")["activations"]
+    assert printed.keys() == expected.keys()
+    for name, array in expected.items():
+        numbers = [printed[name][key] for key in ("mean", "std", "max_abs")]
+        wide = array.astype(np.float64)
+        should = [wide.mean(), wide.std(), np.abs(wide).max()]
+        np.testing.assert_allclose(numbers, should, rtol=0, atol=2e-5 * should[2], err_msg=name)
     # Two layers of one shape exchanged: the names still fit, the numbers must tell.
     swapped = dict(weights.values)
     a, b = "stage3.block2.conv2.kernel", "stage3.block3.conv2.kernel"
@@ -155,6 +164,29 @@ def test_every_difference_is_listed_at_once(state, tmp_path):
         "  layer3.0.conv2.weight: float16, expected float32; convert before saving "
         "(PyTorch: tensor.float())",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "expected"),
+    [
+        ("fc.weight", lambda x: x * float("nan"), "fc.weight: NaN or infinite numbers"),
+        # The shapes of a network of no classes, which nothing else contradicts.
+        ("fc", lambda x: x[:0], "fc.weight: shape (0, 2048), which holds no numbers"),
+    ],
+    ids=["NaN", "no classes"],
+)
+def test_what_is_no_network_is_told_before_anything_is_written(
+    state, tmp_path, capsys, name, change, expected
+):
+    changed = {k: change(x) if k.startswith(name) else x for k, x in state.items()}
+    torch.save(changed, tmp_path / "a.pth")
+    with pytest.raises(SystemExit) as caught:
+        port_weights.main([str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors")])
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert expected in said
+    assert name == "fc" or said.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pth"]
 
 
 @pytest.mark.parametrize("rename", [lambda names: names, port_sources.hugging_face_names])

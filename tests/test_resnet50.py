@@ -80,6 +80,17 @@ def test_training_equals_the_reference(variant, size):
     assert max(found.values()) < TRAINING, found
 
 
+@pytest.mark.parametrize("train", [False, True])
+def test_numbers_that_are_none_are_seen(train):
+    """NaN in all but the first output: `max` of Python passes over it."""
+    expected = {"stem": np.ones(2), "stage1": np.ones(2)}
+    broken = expected | {"stage1": np.full(2, np.nan)}
+    compare = runs.gradient_errors if train else weights.errors
+    assert max(compare(expected, expected).values()) == 0
+    with pytest.raises(AssertionError):
+        compare(broken, expected)
+
+
 def exchange(flat: weights.Flat, first: str, second: str) -> weights.Flat:
     """The values of two variables, or of all below two layers or blocks, in each other's place."""
     other = {"": "", first: second, second: first}

@@ -94,6 +94,7 @@ def train_ours(model: TransferClassifier, pixels: np.ndarray, *, steps: int = ST
 def test_three_rmsprop_steps_equal_keras(upsampling, preprocessing, batch):
     """Losses, gradients of every parameter, and all variables afterwards, in float64.
 
+    1e-9 of each tensor's largest value, and 1e-5 of its largest movement, which is 1e-4 of that.
     The head normalises over the batch alone. Of four examples with little contrast ("unit")
     rounding grows past 1e-9 within three steps; of eight it does not.
     """
@@ -116,6 +117,10 @@ def test_three_rmsprop_steps_equal_keras(upsampling, preprocessing, batch):
     moved = {p for p, v in weights.errors(after, before).items() if v > 1e-6}
     # A convolution's bias is taken out again by its batch norm: no gradient.
     assert moved == {p for p in before if not ("conv" in p and p.endswith("bias"))}
+    movement, should = (
+        {p: np.asarray(x[p]) - np.asarray(before[p]) for p in moved} for x in (after, expected[2])
+    )
+    assert weights.worst(movement, should) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -136,6 +136,8 @@ def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, Shape]) 
             lines.append(f"{printable(name)}: unexpected, {array.dtype} {array.shape}")
         elif array.shape != tuple(expected[name]):
             lines.append(f"{name}: shape {array.shape}, expected {tuple(expected[name])}")
+        elif not array.size:
+            lines.append(f"{name}: shape {array.shape}, which holds no numbers")
         elif array.dtype != np.float32:
             dtypes[name] = str(array.dtype)
         elif not np.isfinite(array).all():

@@ -187,3 +187,17 @@ def _check_header_length(path: Path) -> None:
             f"{path}: damaged or truncated safetensors file: it declares a header of {length:,} "
             f"bytes, the file has {size:,}"
         )
+
+
+def check_dest(path: Path, to: str | None) -> None:
+    """Raises `UserError` where the name is not one of our files, or of those that `to` means."""
+    ending = ".weights.h5" if to == "keras" else ".safetensors"
+    if not str(path).endswith(ending):
+        raise UserError(f"{path}: expected a name that ends in {ending}")
+    check_is_no_folder(path)
+
+
+def check_is_no_folder(path: Path) -> None:
+    """Raises `UserError` where no file could be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; expected the name of a file to write")

@@ -129,7 +129,7 @@ def write_published(weights: Weights, path: str | os.PathLike) -> None:
     Raises:
         UserError: where that form has no place for them, or `path` has another ending.
     """
-    check_ending(path, weights.header.variant)
+    ours.check_dest(Path(path), weights.header.variant)
     values = _with_top(weights)
     if weights.header.variant == "keras":
         ours.write_atomically(path, lambda part: keras.write_weights(values, part))
@@ -140,13 +140,6 @@ def write_published(weights: Weights, path: str | os.PathLike) -> None:
     table = torch.table(structure, "torchvision")
     tensors = {name: entry.store(values[entry.name]) for name, entry in table.items()}
     ours.write_safetensors(path, tensors, weights.header.license)
-
-
-def check_ending(path: str | os.PathLike, to: str | None) -> None:
-    """Raises `UserError` where the name is not one of our files, or of those that `to` means."""
-    ending = ".weights.h5" if to == "keras" else ".safetensors"
-    if not str(path).endswith(ending):
-        raise UserError(f"{path}: expected a name that ends in {ending}")
 
 
 def insist(wanted: str | None, found: str, path: Path) -> None:
@@ -293,5 +286,9 @@ def _through_table(source: _Source, path: Path) -> dict[str, np.ndarray]:
 
 def _raise_on(lines: list[str], path: Path, advice: str = "") -> None:
     if lines:
-        count = f"{len(lines)} difference{'s' if len(lines) > 1 else ''}"
-        raise UserError(f"{path}: {count} from the expected ResNet-50{advice}:\n  {listed(lines)}")
+        count, start = f"{len(lines)} differences", "\n  "
+        if len(lines) == 1:
+            count, start = "1 difference", " "
+        raise UserError(
+            f"{path}: {count} from the expected ResNet-50{advice}:{start}{listed(lines)}"
+        )

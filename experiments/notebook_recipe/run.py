@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 
 if TYPE_CHECKING:
@@ -203,7 +204,8 @@ def main() -> None:
     workdir = options.workdir.absolute()
     weights, keras_rows = workdir / "keras_variant.safetensors", workdir / "keras.json"
     if not weights.exists():
-        write_keras_variant(options.weights, weights)
+        with exit_on_user_error():
+            write_keras_variant(options.weights, weights)
     ours = train_ours(workdir / "ours", weights)
     if not keras_rows.exists():  # in a process of its own, which gives its memory back
         process = multiprocessing.get_context("spawn").Process(

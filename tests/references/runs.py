@@ -132,7 +132,7 @@ def gradient_errors(ours: weights.Flat, reference: weights.Flat) -> dict[str, fl
     assert set(ours) == set(reference)
     scales = {path: np.abs(value).max() for path, value in reference.items()}
     return {
-        path: float(np.abs(ours[path] - value).max())
+        path: weights.largest_difference(ours[path], value)
         / scales[path.replace("conv", "norm") if path.endswith(".bias") else path]
         for path, value in reference.items()
     }
