@@ -90,7 +90,7 @@ def exit_on_user_error() -> Iterator[None]:
         _exit(one_line(error), (UserError if is_input else RunError).exit_code)
     except RuntimeError as error:  # JAX's own error is one
         if "Could not determine home directory" in str(error):  # pathlib's, which names no path
-            _exit("a path begins with ~NAME, and there is no such user; write it out", 2)
+            _exit("a path begins with ~NAME, and there is no such user", UserError.exit_code)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         _exit(f"out of memory ({one_line(error)}); try smaller sizes", RunError.exit_code)
