@@ -330,5 +330,6 @@ def test_real_numbers_through_keras(tmp_path):
     )
     _write_published(model, tmp_path / "a.h5")
     model.save(tmp_path / "a.keras")
-    for name in ("a.h5", "a.keras"):
+    model.save_weights(tmp_path / "a.weights.h5")
+    for name in ("a.h5", "a.keras", "a.weights.h5"):
         _assert_equal(port.read(tmp_path / name).values, _expected(model))
