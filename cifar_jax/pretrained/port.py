@@ -286,9 +286,6 @@ def _through_table(source: _Source, path: Path) -> dict[str, np.ndarray]:
 
 def _raise_on(lines: list[str], path: Path, advice: str = "") -> None:
     if lines:
-        count, start = f"{len(lines)} differences", "\n  "
-        if len(lines) == 1:
-            count, start = "1 difference", " "
-        raise UserError(
-            f"{path}: {count} from the expected ResNet-50{advice}:{start}{listed(lines)}"
-        )
+        plural, start = ("s", "\n  ") if len(lines) > 1 else ("", " ")
+        found = f"{len(lines)} difference{plural} from the expected ResNet-50{advice}"
+        raise UserError(f"{path}: {found}:{start}{listed(lines)}")
