@@ -1,5 +1,7 @@
 """What the benchmarks count and how they sum it up; nothing is timed here."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from experiments.benchmarks import limit, peers, resnet, scaling
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.job import Job
 from experiments.benchmarks.plain import PlainBackbone
+from experiments.gpu import throughput
 from tests.references import weights
 
 VARIANTS = ["keras", "torchvision"]
@@ -211,3 +214,29 @@ def test_the_memory_held_is_seen_to_grow():
     before = scaling.resident_mb()
     block = np.ones(8_000_000)
     assert 60 < scaling.resident_mb() - before < 70 + block[0]
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path):
+    """Without PyTorch's compiler, which takes minutes."""
+    path = tmp_path / "throughput"
+    options = "--batch-sizes 2 --upsampling 1 --steps 1 --rounds 1 --contenders pytorch"
+    throughput.main([*options.split(), "--device=cpu", f"--results={path}"])
+    cases = json.loads(path.with_suffix(".json").read_text())["cases"]
+    assert [case["precision"] for case in cases] == list(throughput.PRECISIONS)
+    for case in cases:
+        assert set(case["summary"]) == {"ours", "pytorch"}
+        assert all(np.isfinite(row["loss"]) for row in case["summary"].values())
+    # The same draw of the network: precision moves its loss, but hardly.
+    losses = [case["summary"]["ours"]["loss"] for case in cases]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_contender_without_memory_keeps_its_row():
+    def greedy(setting, turns):
+        raise RuntimeError(f"{setting}: out of memory\nmore")
+
+    turns = ({} for _ in range(2))
+    reports = []
+    throughput.failing_aloud(greedy, ("a",), (reports.append(x) or x for x in turns))
+    assert reports == [{"failed": "a: out of memory"}] * 2

@@ -29,7 +29,7 @@ def plain_jax(job: Job, turns: Turns) -> None:
     _run_jax(job, turns, plain=True)
 
 
-def create_ours(job: Job, *, plain: bool = False):
+def create_ours(job: Job, *, plain: bool = False, compute_dtype: str = "float32"):
     """Returns the notebook's configuration as plain values, and its model, for one device."""
     from flax import nnx
 
@@ -41,7 +41,7 @@ def create_ours(job: Job, *, plain: bool = False):
     config = resnet50.get_config()
     config.batch_size = job.batch_size
     config.model.variant, config.model.upsampling = job.variant, job.upsampling
-    config.model.pretrained = "none"
+    config.model.pretrained, config.model.compute_dtype = "none", compute_dtype
     if job.work == "features":
         config.model.head = "pooled"
     config = configuration.to_dict(config)

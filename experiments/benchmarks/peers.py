@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -96,25 +97,43 @@ def _torch_infer(model, images) -> None:
 
 
 def _torch_train(model, compiled: bool) -> Callable[..., float]:
+    update = torch_update(model, compiled=compiled)
+
+    def train(images, labels) -> float:
+        for x, y in zip(images, labels, strict=True):
+            loss = update(x, y)
+        return float(loss.detach())
+
+    return train
+
+
+def torch_update(model, *, compiled: bool, autocast=None) -> Callable[..., Any]:
+    """Returns a function that makes one RMSprop update of `model` and returns the loss before.
+
+    Args:
+      model: of uint8 images [B, 32, 32, 3]; returns logits [B, 10].
+      compiled: by `torch.compile`, model and loss together.
+      autocast: dtype of the forward pass's products; None leaves all as it is.
+    """
     import torch
 
     optimizer = torch.optim.RMSprop(model.parameters(), lr=LEARNING_RATE, alpha=0.9, eps=1e-7)
 
     def loss_of(x, y):
-        return torch.nn.functional.cross_entropy(model(x), y)
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            return torch.nn.functional.cross_entropy(model(x), y)
 
     if compiled:
         loss_of = torch.compile(loss_of)
 
-    def train(images, labels) -> float:
-        for x, y in zip(images, labels, strict=True):
-            loss = loss_of(x, y)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return float(loss.detach())
+    def update(x, y):
+        loss = loss_of(x, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss
 
-    return train
+    return update
 
 
 def keras(job: Job, turns: Turns, *, backend: str, jit_compile: bool) -> None:
