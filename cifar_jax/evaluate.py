@@ -15,6 +15,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.memory import keep_freed_memory
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from cifar_jax.data.splits import Split
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="latest", choices=("latest", "best"))
     options = parser.parse_args()
     with exit_on_user_error():
+        keep_freed_memory()
         print(json.dumps(evaluate(**vars(options))))
 
 

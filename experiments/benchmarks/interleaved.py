@@ -136,7 +136,7 @@ def summarize(reports: Mapping[str, Sequence[Report]], *, base: str) -> dict[str
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
-    """Returns date, processor, load and versions, as plain values."""
+    """Returns date, processor, load, commit and versions, as plain values."""
     from cifar_jax.recording.run_record import describe_environment
 
     environment = describe_environment()
@@ -144,6 +144,7 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
         "date": environment["started"][:10],
         **{key: environment[key] for key in ("platform", "cpu", "cpu_count")},
         "load_average": os.getloadavg(),
+        "git": environment["git"],
         "python": platform.python_version(),
         **{package: importlib.metadata.version(package) for package in packages},
     }
@@ -152,11 +153,13 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
 def format_machine(machine: Mapping[str, Any]) -> str:
     """Returns `describe_machine`'s answer as a sentence."""
     facts = dict(machine)
+    git = facts.pop("git", None)
+    commit = f"; commit {git['commit'][:7]}{', changed' if git['dirty'] else ''}" if git else ""
     date, cpu, cores = (facts.pop(key) for key in ("date", "cpu", "cpu_count"))
     load = ", ".join(f"{x:.1f}" for x in facts.pop("load_average"))
     del facts["platform"]
     versions = ", ".join(f"{name} {version}" for name, version in facts.items())
-    return f"{date}, {cpu}, {cores} cores, load average {load}; {versions}."
+    return f"{date}, {cpu}, {cores} cores, load average {load}; {versions}{commit}."
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -55,7 +55,7 @@ def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
         "job": {**vars(job), "size": job.size, "images_a_turn": job.images_a_turn},
         "gflop_per_image": job.flop / 1e9,
         "machine": interleaved.describe_machine(PACKAGES),
-        "limit": summarize_rates(rates),
+        "limit": summarize_rates(rates) | {"rates": [each["gflops"] for each in rates]},
         "summary": summarize(job, reports, rates),
         "reports": reports,
     }
