@@ -1,6 +1,6 @@
 """Compare recipes: run a file of overrides, one after the other, and rank them on validation.
 
-    python -m cifar_jax.sweep sweep.toml --config=configs/resnet50_laptop.py --workdir=runs/rates
+    python -m cifar_jax.sweep sweep.toml --config=configs/resnet50_cpu.py --workdir=runs/rates
 
 The file is TOML: a table for each run, with its name and the fields that it sets.
 

@@ -25,7 +25,7 @@ from cifar_jax.run_weights import read_step
 from cifar_jax.state import create_state, to_arrays
 from cifar_jax.statistics import with_statistics_of
 from cifar_jax.trained import load_trained, measure
-from configs import resnet50_laptop
+from experiments.transfer_laptop import config as laptop
 from tests.references import torch_resnet50, weights
 
 STEPS = (2, 5)
@@ -77,7 +77,7 @@ def test_dropout_noise_averages_out_of_the_statistics():
 
 def save_run(workdir, sample, splits, *, freeze="", **model):
     """Two checkpoints as a run of the sample leaves them; returns the weights of both."""
-    config = resnet50_laptop.get_config()
+    config = laptop.get_config()
     config.freeze.layers = freeze
     config.data.source = "sample"
     config.schedule.warmup = "0 steps"
@@ -212,7 +212,7 @@ def average_reading(monkeypatch, changes):
 
 
 def test_images_of_other_splits_are_refused(run, tmp_path, monkeypatch):
-    data = resnet50_laptop.get_config().data.to_dict()
+    data = laptop.get_config().data.to_dict()
     changed = {"data": {**data, "source": "sample", "split_seed": 7}}
     average_reading(monkeypatch, lambda workdir: changed)
     with pytest.raises(UserError, match="a run on other images or splits than sample"):

@@ -11,7 +11,8 @@ from cifar_jax.models import resnet50 as network
 from cifar_jax.phases import Phase, make_phases
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
-from configs import mlp, resnet50_laptop
+from configs import mlp
+from experiments.transfer_laptop import config as laptop
 
 
 def phases(freeze="", progressive="", total=100):
@@ -45,7 +46,7 @@ def test_a_run_that_never_sees_its_own_size_is_refused():
 
 
 def test_adam_does_not_thaw():
-    config = resnet50_laptop.get_config()
+    config = laptop.get_config()
     config.optimizer.name, config.freeze.layers = "adamw", "backbone until 1 epoch"
     with pytest.raises(UserError, match='use "sgd" or "rmsprop"'):
         configuration.check(config)
@@ -76,7 +77,7 @@ def test_an_mlp_has_no_groups(key, value):
     ],
 )
 def test_a_wrong_text_is_told_by_its_key(key, text, expected):
-    config = resnet50_laptop.get_config()
+    config = laptop.get_config()
     config.update_from_flattened_dict({key: text})
     with pytest.raises(UserError, match=expected) as caught:
         configuration.check(config)
@@ -99,7 +100,7 @@ def test_ends_that_do_not_grow_are_told():
 def config(monkeypatch):
     """A small ResNet on a few images: frozen backbone, then half of it, at 32 px, then 64 px."""
     monkeypatch.setattr(network, "STAGE_BLOCKS", (1, 1, 1, 1))
-    config = resnet50_laptop.get_config()
+    config = laptop.get_config()
     config.data.source, config.model.pretrained = "sample", "none"
     config.batch_size, config.eval_batch_size, config.train_for = 32, 80, "8 steps"
     config.evaluate_every = config.log_every = config.checkpoint_every = "4 steps"

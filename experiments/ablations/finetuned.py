@@ -7,12 +7,12 @@
 
 import ml_collections
 
-from configs import resnet50_laptop
+from experiments.transfer_laptop import config as laptop
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe of `configs/resnet50_laptop.py` on fewer and smaller images."""
-    config = resnet50_laptop.get_config()
+    """Returns the recipe of `experiments/transfer_laptop/` on fewer and smaller images."""
+    config = laptop.get_config()
     config.data.protocol = "standard"
     config.data.images_a_class = 500
     config.train_for = "4 epochs"

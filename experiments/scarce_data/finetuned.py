@@ -7,12 +7,12 @@
 
 import ml_collections
 
-from configs import resnet50_laptop
+from experiments.transfer_laptop import config as laptop
 
 
 def get_config() -> ml_collections.ConfigDict:
-    """Returns the recipe of `configs/resnet50_laptop.py` at 64 px, evaluated at its end."""
-    config = resnet50_laptop.get_config()
+    """Returns the recipe of `experiments/transfer_laptop/` at 64 px, evaluated at its end."""
+    config = laptop.get_config()
     config.data.protocol = "standard"
     config.evaluate_every = "600 steps"
     config.log_every = "50 steps"
