@@ -26,10 +26,9 @@ CONTENDERS = {
 }
 PRECISIONS = ("float32", "tf32", "bfloat16")
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
-# Dense FLOP/s of NVIDIA's data sheets, by what a device's name contains; both are the SXM boards.
-PEAKS = {
-    name: {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12} for name in ("H100", "H200")
-}
+# Dense FLOP/s of NVIDIA's data sheets, by device: the SXM boards.
+SXM = ("NVIDIA H100 80GB HBM3", "NVIDIA H200")
+PEAKS = {name: {"float32": 67e12, "tf32": 494.7e12, "bfloat16": 989.4e12} for name in SXM}
 HEADER = (
     *("precision", "batch", "", "images/s", "time over ours", "95 % interval"),
     *("GPU memory, GB", "TFLOP/s", "share of peak", "last loss"),
@@ -79,18 +78,12 @@ def failing_aloud(contender: Callable[..., None], setting: tuple, turns: Turns) 
             report["failed"] = str(error).partition("\n")[0]
 
 
-def peak_of(device: str, precision: str) -> float | None:
-    """Returns the published FLOP/s of a device by its name, None of one that is not listed."""
-    found = [peaks[precision] for name, peaks in PEAKS.items() if name in device]
-    return found[0] if found else None
-
-
 def format_case(case: Mapping[str, Any]) -> list[list[str]]:
     """Returns the table's rows of one case."""
     first = [case["precision"], f"{case['batch_size']:,}"]
     rows = []
     for name, row in case["summary"].items():
-        peak = peak_of(row["device"], case["precision"])
+        peak = PEAKS.get(row["device"], {}).get(case["precision"])
         compared = case["base"] == "ours"
         rows.append(
             [
