@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 
 import jax
 import jax.numpy as jnp
@@ -220,8 +221,10 @@ def test_the_memory_held_is_seen_to_grow():
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path):
+def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path, monkeypatch):
     """Without PyTorch's compiler, which takes minutes."""
+    for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE"):  # which it sets for its workers
+        monkeypatch.setenv(name, os.environ.get(name, ""))
     path = tmp_path / "throughput"
     options = "--batch-sizes 2 --upsampling 1 --steps 1 --rounds 1 --contenders pytorch"
     throughput.main([*options.split(), "--device=cpu", f"--results={path}"])

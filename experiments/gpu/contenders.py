@@ -37,15 +37,13 @@ def ours(job: Job, precision: str, device: str, steps: int, turns: Turns) -> Non
     """The package's own update, `JitExecution.train`, one a call; images come from the host."""
     import jax
 
-    config, model = create_ours(job, compute_dtype=_COMPUTE_DTYPES[precision])
+    compute_dtype = "bfloat16" if precision == "bfloat16" else "float32"
+    config, model = create_ours(job, compute_dtype=compute_dtype)
     images, labels = load_batches(job, steps)
     stacks = [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
     with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
         training = Training(config, model)
         take_turns(turns, functools.partial(training, stacks), _describe_jax)
-
-
-_COMPUTE_DTYPES = {"float32": "float32", "tf32": "float32", "bfloat16": "bfloat16"}
 
 
 def _describe_jax() -> Report:
