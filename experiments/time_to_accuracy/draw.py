@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parent
 NOTEBOOK = 0.9366  # its test accuracy
 LABELS = {
     "one_cycle": "64, 96, then 128 px (configs/resnet50_cpu.py)",
+    "thaw": "half frozen, 96 px; later all but stem and stage 1, 128 px",
     "partial": "128 px; stem and stages 1 and 2 frozen",
     "full": "128 px; everything trained",
     "cached": "128 px; a linear layer on cached features",
