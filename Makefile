@@ -11,7 +11,7 @@ FLAGS :=
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train transfer test test-slow lint clean
+.PHONY: help train transfer test test-slow test-tpu lint clean
 
 help:
 	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
@@ -19,6 +19,7 @@ help:
 	@echo "                both pass on FLAGS, such as FLAGS=--config.seed=1"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long ones"
+	@echo "make test-tpu   those that need TPU's compiler and no TPU: brings it into $(VENV), 0.7 GB"
 	@echo "make lint       ruff"
 	@echo "make clean      remove the virtual environment and caches (not runs/)"
 
@@ -55,6 +56,10 @@ test: $(VENV)/installed-dev lint
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow
+
+test-tpu: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet -r requirements-tpu.txt
+	JAX_PLATFORMS=cpu $(PYTEST) -m slow tests/test_accelerators.py -k compiler
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

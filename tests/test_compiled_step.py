@@ -14,7 +14,7 @@ from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.loop import Loop
-from cifar_jax.models import blocks
+from cifar_jax.models import batch_norm, blocks
 from cifar_jax.models import resnet50 as network
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.stem import repeat_pixels
@@ -116,10 +116,24 @@ def plain_pool(x):
     return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
 
 
+def plain_normalize(x, scale, bias, running_mean, epsilon, axis_name):
+    """By `jnp.var`, and differentiated by JAX."""
+    del running_mean, axis_name
+    mean, var = jax.numpy.mean(x, (0, 1, 2)), jax.numpy.var(x, (0, 1, 2))
+    return (x - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias, mean, var
+
+
+def centred_sums(dy, x, mean, inverse):
+    return batch_norm._centred_sums(dy, x, mean, inverse)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "name", "plain", "seen"),
     [
+        (batch_norm, "normalize", plain_normalize, "gigabytes"),
+        (batch_norm, "_plain_sums", centred_sums, "gigabytes"),
+        (blocks, "convolve", jax.lax.conv_general_dilated, "convolutions"),
         (blocks, "pointwise", jax.numpy.matmul, "large_transposes"),
         (network, "max_pool", plain_pool, "gigabytes"),
         (network, "conv_of_repeated", plain_stem, "gflop"),

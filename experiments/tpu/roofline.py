@@ -8,13 +8,12 @@ is run. Written to results/roofline.md and .json. README.md says how far it can 
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.state import named_leaves
 from experiments.benchmarks.interleaved import markdown_table, write_results
-from experiments.tpu.ahead import Case, abstract_state, run_config
+from experiments.benchmarks.limit import image_flop
+from experiments.tpu.ahead import Case
 
 FOLDER = Path(__file__).parent / "results"
 EPOCH = 36_000  # images
@@ -39,29 +38,6 @@ CHIPS = (
     Chip("H100 SXM", 989e12, 3.35e12, "NVIDIA's H100 data sheet, without sparsity"),
     Chip("H200 SXM", 989e12, 4.8e12, "NVIDIA's H200 data sheet, without sparsity"),
 )
-
-
-def train_flop(case: Case) -> float:
-    """Returns the FLOP that training takes for an image, by formula.
-
-    A kernel of n numbers applied at p places takes 2 n p forwards, as much again for its own
-    gradient and as much for its input's, which the first layer does not need. In this variant a
-    block strides first, so that all of a stage works at its resolution. Norms, activations and
-    the optimizer are left out.
-    """
-    side = 32 * case.upsampling
-    total = 0.0
-    for name, leaf in named_leaves(abstract_state(run_config(case)).params).items():
-        if name.endswith("kernel"):
-            first = "stem_conv" in name
-            places = 1
-            if "stage" in name:
-                stage = int(name[name.index("stage") + len("stage")])
-                places = (side // 2 ** (stage + 1)) ** 2
-            elif first:
-                places = (side // 2) ** 2
-            total += (2 if first else 3) * 2 * math.prod(leaf.shape) * places
-    return total
 
 
 def estimate(chip: Chip, *, flop: float, moved: float) -> dict[str, Any]:
@@ -120,7 +96,8 @@ def main() -> None:
     programs = json.loads((FOLDER / "programs.json").read_text())["programs"]
     program = next(each["program"] for each in programs if Case(**each["case"]) == PROGRAM)
     calls = json.loads((FOLDER / "feed.json").read_text())["calls"]
-    flop, moved = train_flop(PROGRAM), program["bytes_accessed"] / PROGRAM.batch
+    flop = image_flop("train", variant="keras", upsampling=PROGRAM.upsampling)
+    moved = program["bytes_accessed"] / PROGRAM.batch
     results = {
         "flop": flop,
         "moved": moved,

@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,16 @@ CASES = [
         for execution in ("jit", "pmap")
         for batch in (32, 128, 512, 1024)
     ),
-    # Minutes each, so one of a kind.
+    # Minutes each, so not all of a kind; a stopped command has compiled the first of them.
     Case("resnet50", "jit", "v5e:2x4", 32),
-    Case("resnet50", "jit", "v5e:2x4", 128),
-    Case("resnet50", "jit", "v6e:4x4", 128),
     Case("resnet50", "pmap", "v5e:2x4", 32),
     Case("resnet50", "jit", "v5e:16x16", 32),
+    Case("resnet50", "jit", "v5e:2x4", 128),
+    Case("resnet50", "jit", "v6e:4x4", 128),
+    Case("resnet50", "jit", "v5e:2x4", 256),
+    Case("resnet50", "jit", "v6e:4x4", 512),
+    Case("resnet50", "jit", "v5e:2x4", 512),
+    Case("resnet50", "jit", "v6e:4x4", 1024),
 ]
 PACKAGES = ("jax", "jaxlib", "libtpu")
 HEADER = (
@@ -46,22 +51,28 @@ HEADER = (
         "outputs",
     ),
     *("aliased", "temporaries", "all", "of the chip's", "GFLOP", "GB accessed"),
-    *("all-reduces", "MB", "largest"),
+    *("all-reduces", "MB", "largest", "compiled"),
 )
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {package: importlib.metadata.version(package) for package in PACKAGES}
 
 
 def program_hash(lowered: Any) -> str:
     """Returns what a result depends on: the program and the compiler."""
-    versions = [importlib.metadata.version(package) for package in PACKAGES]
-    return hashlib.sha256("\n".join([*versions, lowered.as_text()]).encode()).hexdigest()
+    parts = [*versions().values(), lowered.as_text()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def format_row(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
+def format_row(result: dict[str, Any]) -> list[str]:
     """Returns the cells of one case."""
-    case = Case(**case)
+    case, row = Case(**result["case"]), result["program"]
     first = [case.model, case.execution, case.topology, f"{case.batch:,}"]
     if "refused" in row:
-        return [*first, f"refused: {row['refused']}", *[""] * (len(HEADER) - len(first) - 1)]
+        blank = [""] * (len(HEADER) - len(first) - 2)
+        return [*first, f"refused: {row['refused']}", *blank, result["date"]]
     sizes = [row[key] for key in ("arguments", "padding", "outputs", "aliased", "temporaries")]
     total, reduces = total_memory(row), row["collectives"]
     largest = max(reduces, key=lambda each: each["bytes"])
@@ -75,21 +86,30 @@ def format_row(case: dict[str, Any], row: dict[str, Any]) -> list[str]:
         f"{len(reduces)}",
         f"{sum(each['bytes'] for each in reduces) / 1e6:,.2f}",
         f"{largest['bytes'] / 1e6:,.2f} MB, {largest['arrays']} {'/'.join(largest['dtypes'])}",
+        result["date"],
     ]
 
 
 def format_results(results: dict[str, Any]) -> str:
     """Returns the Markdown page."""
-    rows = [format_row(each["case"], each["program"]) for each in results["programs"]]
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    rows = [format_row(each) for each in results["programs"]]
+    used = {tuple(each["versions"].items()) for each in results["programs"]}
+    names = "; or ".join(", ".join(map(" ".join, each)) for each in sorted(used))
+    done = [Case(**each["case"]) for each in results["programs"]]
+    missing = "; ".join(
+        f"{each.model} {each.execution} {each.topology} {each.batch}"
+        for each in CASES
+        if each not in done
+    )
     return "\n".join(
         [
             "# The training step, compiled for TPUs",
             "",
-            f"Written by `python -m experiments.tpu.run`; {versions}. Compiled, never run.",
+            f"Written by `python -m experiments.tpu.run`; {names}. Compiled, never run.",
             "Memory in MiB and work of one step, each on one chip; README.md explains the columns.",
             "",
             markdown_table(HEADER, rows),
+            *(["", f"Not compiled yet: {missing}."] if missing else []),
         ]
     )
 
@@ -105,12 +125,14 @@ def main() -> None:
         key = program_hash(lowered)
         if case not in by_case or by_case[case]["hash"] != key:
             print(f"compiling {case}", flush=True)
-            program = measure(case, lowered)
-            by_case[case] = {"case": dataclasses.asdict(case), "hash": key, "program": program}
-        results = {
-            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-            "programs": [by_case[each] for each in CASES if each in by_case],
-        }
+            by_case[case] = {
+                "case": dataclasses.asdict(case),
+                "hash": key,
+                "versions": versions(),
+                "date": datetime.now(UTC).date().isoformat(),
+                "program": measure(case, lowered),
+            }
+        results = {"programs": [by_case[each] for each in CASES if each in by_case]}
         write_results(RESULTS, results, text=format_results(results))
 
 
