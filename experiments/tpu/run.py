@@ -37,6 +37,9 @@ CASES = [
     Case("resnet50", "jit", "v6e:4x4", 512),
     Case("resnet50", "jit", "v5e:2x4", 512),
     Case("resnet50", "jit", "v6e:4x4", 1024),
+    Case("resnet50", "jit", "v5e:2x4", 1024),
+    Case("resnet50", "pmap", "v5e:16x16", 32),
+    Case("resnet50", "pmap", "v6e:4x4", 128),
 ]
 PACKAGES = ("jax", "jaxlib", "libtpu")
 HEADER = (
