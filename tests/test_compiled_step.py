@@ -119,8 +119,11 @@ def plain_pool(x):
 def plain_normalize(x, scale, bias, running_mean, epsilon, axis_name):
     """By `jnp.var`, and differentiated by JAX."""
     del running_mean, axis_name
-    mean, var = jax.numpy.mean(x, (0, 1, 2)), jax.numpy.var(x, (0, 1, 2))
-    return (x - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias, mean, var
+    axes = tuple(range(x.ndim - 1))
+    mean, var = (f(x, axes, keepdims=True) for f in (jax.numpy.mean, jax.numpy.var))
+    scale, bias = scale.reshape(mean.shape), bias.reshape(mean.shape)
+    y = (x - mean) * jax.lax.rsqrt(var + epsilon) * scale + bias
+    return y, mean.ravel(), var.ravel()
 
 
 def centred_sums(dy, x, mean, inverse):
