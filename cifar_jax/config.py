@@ -147,7 +147,15 @@ def durations_in_steps(
                 f'config.{key} is "{texts[key]}"; that is less than one step '
                 f"(an epoch has {steps_per_epoch})"
             )
-    steps["train_for"] = durations["train_for"].steps(steps_per_epoch)
+    steps_an_update = config["optimizer"]["accumulate"]
+    steps["train_for"] = durations["train_for"].steps(
+        steps_per_epoch, steps_an_update=steps_an_update
+    )
+    if not steps["train_for"]:
+        raise UserError(
+            f'config.train_for is "{texts["train_for"]}"; that is less than one update of '
+            f"{steps_an_update} steps (config.optimizer.accumulate)"
+        )
     warmup = Duration.parse(config["schedule"]["warmup"], key="schedule.warmup")
     steps["warmup"] = warmup.steps(steps_per_epoch)
     if steps["warmup"] > steps["train_for"]:

@@ -38,9 +38,13 @@ class Duration:
         """Returns the duration in training steps, of which it may hold a part."""
         return self.value * (steps_per_epoch if self.unit == "epoch" else 1)
 
-    def steps(self, steps_per_epoch: int) -> int:
-        """Returns the duration in whole training steps, as `nearest_step` rounds."""
-        return nearest_step(self.exact_steps(steps_per_epoch))
+    def steps(self, steps_per_epoch: int, *, steps_an_update: int = 1) -> int:
+        """Returns the duration in whole training steps, as `nearest_step` rounds.
+
+        Epochs are rounded to whole updates of so many steps; steps are taken as they are written.
+        """
+        unit = steps_an_update if self.unit == "epoch" else 1
+        return nearest_step(self.exact_steps(steps_per_epoch) / unit) * unit
 
 
 def nearest_step(steps: Fraction | int) -> int:

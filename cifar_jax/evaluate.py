@@ -14,7 +14,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, tell
 from cifar_jax.memory import keep_freed_memory
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
@@ -71,7 +71,9 @@ def _split_of_run(
     data, splits = load_splits(trained.extra["config"])
     check_same_images(data, splits, trained.extra, workdir=str(workdir))
     if split == "test":
-        count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
+        before = count_test_read(workdir, {"step": trained.step, "checkpoint": checkpoint})
+        if before:
+            tell(f"note: the test split of {workdir} has been read before, {before} time(s)")
     return splits[split]
 
 

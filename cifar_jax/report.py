@@ -21,6 +21,7 @@ FIELDS = {
     "data.source": str,
     "data.is_sample": bool,
     "parameters": int,
+    "total_steps": int,
 }
 COLUMNS = ("run", "model", "data", "epochs", *SPLITS, "seconds", "parameters")
 
@@ -87,15 +88,16 @@ def markdown_table(runs: dict[str, tuple[dict, list[dict]]]) -> str:
 
 def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
     data = record["data"]
-    seconds = field(record, "result.train_seconds")
-    epoch = _reported_row(record, rows).get("epoch")
+    row = _reported_row(record, rows)
+    epoch, seconds = row.get("epoch"), row.get("train_seconds")
+    is_finished = seconds is not None and rows[-1]["step"] >= record["total_steps"]
     cells = [
         name,
         record["config"]["model"]["name"],
         data["source"] + (" (SAMPLE)" if data["is_sample"] else ""),
         "-" if epoch is None else f"{epoch:g}",
         *_cells(accuracies(record, rows), missing="-"),
-        "unfinished" if seconds is None else f"{seconds:.1f}",
+        f"{seconds:.1f}" if is_finished else "unfinished",
         f"{record['parameters']:,}",
     ]
     return [cell.replace("|", "\\|") for cell in cells]

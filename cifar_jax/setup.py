@@ -19,7 +19,8 @@ from cifar_jax.phases import FREEZE, PROGRESSIVE, Phase
 from cifar_jax.plan import Plan, make_plan
 from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recipe import Recipe
-from cifar_jax.state import TrainState, create_state, model_leaves
+from cifar_jax.recording.run_record import describe_environment
+from cifar_jax.state import TrainState, count_parameters, create_state, model_leaves
 from cifar_jax.structures import CreateModel, describe_groups, make_structures
 
 
@@ -28,6 +29,7 @@ class Setup:
     """What a run starts from, before its workdir is touched."""
 
     config: dict[str, Any]
+    environment: dict[str, Any]  # as `describe_environment` found it
     data: Dataset
     splits: dict[str, Split]
     inputs: dict[str, Split]  # the splits' rows of what the model reads: images, or features
@@ -94,6 +96,7 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     Raises:
       UserError: without the images, or for numbers that do not fit them.
     """
+    environment = describe_environment()  # and the time: what follows may fetch images
     data, splits = load_splits(config)
     for key in ("batch_size", "eval_batch_size"):
         check_batch_size(config[key], key=key)
@@ -116,6 +119,7 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     template = jax.eval_shape(create)
     return Setup(
         config=config,
+        environment=environment,
         data=data,
         splits=splits,
         inputs=splits,
@@ -139,7 +143,7 @@ def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
         if step % steps_an_update:
             raise UserError(
                 f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
-                f"{step}, the steps up to an end in config.{key}"
+                f"{step}, the steps up to an end in config.{key} (epochs would be rounded)"
             )
 
 
@@ -166,8 +170,15 @@ def describe_start(setup: Setup, *, step: int) -> str:
 
 
 def _describe_learning(setup: Setup) -> str:
-    """Says which layers learn at which rate, where that is not the same for all."""
-    plain = len(setup.plan.phases) == 1 and not setup.plan.phases[0].frozen
-    if plain and not has_groups(setup.optimizer):
-        return ""
-    return "\n" + describe_groups(setup.template.parts, setup.optimizer, setup.plan.phases)
+    """Says what learns at which rate, and what the batch norms do."""
+    phases, config = setup.plan.phases, setup.config
+    if len(phases) == 1 and not phases[0].frozen and not has_groups(setup.optimizer):
+        text = f"; {count_parameters(setup.template):,} parameters, all of them learn"
+    else:
+        text = "\n" + describe_groups(setup.template.parts, setup.optimizer, phases)
+    if jax.tree.leaves(setup.template.parts["batch_stats"]):
+        is_frozen = config["model"]["batch_norm"] == "frozen"
+        text += "; batch norms: " + ("frozen, but the head's" if is_frozen else "train")
+        if not is_frozen and any(phase.frozen for phase in phases):
+            text += f", in frozen layers {config['freeze']['batch_norm']}"
+    return text

@@ -22,6 +22,7 @@ python -m cifar_jax.evaluate --workdir=WORKDIR/NAME --split=test
 """
 
 import argparse
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -118,23 +119,42 @@ def _wait(process: subprocess.Popen, stop: StopSignal) -> int:
                 passed_on = True
 
 
-def rank(names: Sequence[str], workdir: Path, *, failed: Collection[str] = ()) -> str:
-    """Returns a Markdown table of the runs, the best on validation at its end first.
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+    """A run and its evaluations on validation, in order; none of a failed run."""
+
+    name: str
+    failed: bool
+    evaluations: list[dict[str, Any]]
+
+    def last(self) -> float:
+        """Returns the accuracy at the end; -1 where there is none."""
+        return self.evaluations[-1]["validation_accuracy"] if self.evaluations else -1.0
+
+
+def rank(names: Sequence[str], workdir: Path, *, failed: Collection[str] = ()) -> list[Ranked]:
+    """Returns the runs, the best on validation at its end first.
 
     Those that failed stand last: what their folders hold may be of another recipe.
     """
-    rows = []
-    for name in names:
-        evaluations = [] if name in failed else evaluation_rows(read_rows(workdir / name))
-        best = max(evaluations, key=lambda row: row["validation_accuracy"], default=None)
-        last = evaluations[-1] if evaluations else None
-        rows.append((name, best, last))
-    rows.sort(key=lambda row: row[2]["validation_accuracy"] if row[2] else -1, reverse=True)
+    runs = [
+        Ranked(name, True, [])
+        if name in failed
+        else Ranked(name, False, evaluation_rows(read_rows(workdir / name)))
+        for name in names
+    ]
+    return sorted(runs, key=Ranked.last, reverse=True)
+
+
+def format_ranking(ranking: Sequence[Ranked]) -> str:
+    """Returns a Markdown table."""
     lines = ["| run | validation | at epoch | best validation | at epoch | training minutes |"]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for name, best, last in rows:
-        cells = [name, "failed" if name in failed else "-", "-", "-", "-", "-"]
-        if best and last:
+    for run in ranking:
+        cells = [run.name, "failed" if run.failed else "-", "-", "-", "-", "-"]
+        if run.evaluations:
+            last = run.evaluations[-1]
+            best = max(run.evaluations, key=lambda row: row["validation_accuracy"])
             cells[1:] = [
                 f"{last['validation_accuracy']:.4f}",
                 f"{last['epoch']:g}",
@@ -168,10 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--config={options.config}: no such file")
         workdir = options.workdir.expanduser()
         failed = run_all(runs, [f"--config={options.config}", *shared], workdir)
-        table = rank(list(runs), workdir, failed=failed)
+        ranking = rank(list(runs), workdir, failed=failed)
+        table = format_ranking(ranking)
         if len(failed) < len(runs):  # or it was the command, and an earlier table stays
             write_atomically(workdir / RANKING_NAME, table.encode() + b"\n")
         print(table)
+        if len(failed) < len(runs):
+            winner = shlex.quote(str(workdir / ranking[0].name))
+            tell(
+                "read the test split of the first, once: "
+                f"python -m cifar_jax.evaluate --workdir={winner} --split=test"
+            )
         if failed:
             raise RunError(f"{len(failed)} of {len(runs)} runs failed; what they said stands above")
 

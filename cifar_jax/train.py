@@ -20,9 +20,9 @@ from cifar_jax.recording.metrics_log import JSONL_NAME
 from cifar_jax.recording.recorder import open_recorder
 from cifar_jax.recording.run_record import (
     count_test_read,
-    describe_environment,
     field,
     read_run_record,
+    record_end,
     update_run_record,
 )
 from cifar_jax.setup import Setup, check_same_images, describe_start, set_up, title
@@ -109,8 +109,9 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
             stop=stop,
         )
         loop.fit(workdir / PROFILE_FOLDER if profile else None)
-        record = _test(setup, loop, workdir)
+        _test(setup, loop, workdir)
         checkpointer.close()
+        record = record_end(workdir)
         return Result(loop.step, stop.received, record, recorder.rows)
 
 
@@ -156,6 +157,7 @@ def _record_start(
     update_run_record(
         workdir,
         config=setup.config,
+        total_steps=setup.plan.total,
         parameters=count_parameters(setup.template),
         features=setup.features,
         weights=weights,
@@ -166,26 +168,28 @@ def _record_start(
             "sha256": fingerprint(splits),
             "duplicates": duplicates_across(splits),
         },
-        starts=[*(record.get("starts") or []), {"step": step, **describe_environment()}],
+        starts=[*(record.get("starts") or []), {"step": step, **setup.environment}],
         # Another step's, of a shorter run or a checkpoint that is gone, is not this state's.
         result=record.get("result") if field(record, "result.step") == step else None,
     )
 
 
-def _test(setup: Setup, loop: Loop, workdir: pathlib.Path) -> dict[str, Any]:
+def _test(setup: Setup, loop: Loop, workdir: pathlib.Path) -> None:
     """Reads the test split, where that is asked for and the run, at its end, has not done so."""
-    record = read_run_record(workdir)
-    done = field(record, "result.step") == loop.step
+    done = field(read_run_record(workdir), "result.step") == loop.step
     if loop.stop.received is not None or done or not setup.config["test"]:
-        return record
-    count_test_read(workdir, {"step": loop.step, "checkpoint": "latest"})  # also if cut short
+        return
+    # Noted first: a reading that is cut short counts.
+    before = count_test_read(workdir, {"step": loop.step, "checkpoint": "latest"})
+    if before:
+        loop.recorder.message(f"note: the test split has been read before, {before} time(s)")
     totals = loop.evaluate(loop.splits["test"])
     if totals is None:
-        return record
+        return
     result = {
         **totals.means("test_"),
         "test_count": totals.count,
         "train_seconds": loop.history.train_seconds,
         "step": loop.step,
     }
-    return update_run_record(workdir, result=result)
+    update_run_record(workdir, result=result)

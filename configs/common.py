@@ -28,9 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data = _data()
     config.model = _model()
 
-    config.label_smoothing = 0.0  # share of a label that is spread over all classes
+    config.label_smoothing = 0.0  # share of a label that is spread over all classes; the training
+    #                               loss counts it, that of an evaluation does not
     config.ema_decay = 0.0  # a step's share of the old averages of weights and statistics, which
-    #                         are evaluated and predict in their place; 0: no averages
+    #                         are evaluated and predict in their place; 0: no averages. At first
+    #                         less, (1 + k) / (10 + k) after k steps
     config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
     #                          upsampling 2, then 3, then model.upsampling (pooled head)
 
@@ -70,7 +72,8 @@ def _model() -> ml_collections.ConfigDict:
     model.interpolation = "nearest"  # or "bilinear"
     model.head = "flatten"  # the notebook's; or "pooled": mean over pixels, one linear layer
     model.dropout = 0.5  # in the head
-    model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics
+    model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics,
+    #                             scale and bias; for norms in frozen layers see freeze.batch_norm
     model.test_time_flip = False  # logits are the mean over image and mirror image
     model.remat = False  # recompute each block's inside on the way back: less memory, more work
     return model
@@ -82,7 +85,7 @@ def _freeze() -> ml_collections.ConfigDict:
     freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
     #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
     freeze.batch_norm = "frozen"  # norms whose scale and bias are frozen keep their statistics;
-    #                               "train": they do as the others
+    #                               "train": they do as model.batch_norm says
     freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4"; its
     #                             maps are cached, and what follows is trained on them
     return freeze
@@ -110,13 +113,15 @@ def _optimizer() -> ml_collections.ConfigDict:
     optimizer.beta1 = 0.9  # adam and adamw
     optimizer.beta2 = 0.999  # adam and adamw
     optimizer.epsilon = 1e-7  # rmsprop: inside the root, as in Keras; adam and adamw: outside
-    optimizer.weight_decay = 0.0  # of kernels only; decoupled (so "adam" with it is "adamw")
+    optimizer.weight_decay = 0.0  # of kernels only; decoupled (so "adam" with it is "adamw", and
+    #                               "adamw" without it is "adam"; PyTorch's default is 0.01)
     optimizer.clip_norm = 0.0  # of the whole gradient; 0: no clipping
     optimizer.head_rate = 1.0  # times learning_rate, for the head
     optimizer.layer_decay = 1.0  # times learning_rate once for stage4, twice for stage3, ..., and
     #                              five times for the stem; 1: the same rate for all
     optimizer.accumulate = 1  # steps an update takes the mean gradient of: batch_size x accumulate
-    #                           images; warm-up and train_for still count steps
+    #                           images; warm-up and train_for still count steps, epochs being
+    #                           rounded to whole updates
     return optimizer
 
 

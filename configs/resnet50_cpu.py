@@ -43,5 +43,5 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.nesterov = True
     config.optimizer.head_rate = 3.0
     config.schedule.name = "cosine"
-    config.schedule.warmup = "100 steps"
+    config.schedule.warmup = "0.15 epochs"
     return config

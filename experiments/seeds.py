@@ -66,7 +66,11 @@ def main() -> None:
     """Prints the table of the folder that is named."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="the sweep's workdir")
-    print(table(read_sweep(parser.parse_args().folder)))
+    folder = parser.parse_args().folder
+    runs = read_sweep(folder)
+    if not runs:
+        parser.error(f"{folder}: no NAME-SEED/metrics.csv with an evaluation in it")
+    print(table(runs))
 
 
 if __name__ == "__main__":

@@ -67,3 +67,17 @@ def batch(sample):
         return {"image": sample.train_images[rows], "label": sample.train_labels[rows]}
 
     return make
+
+
+@pytest.fixture
+def compiled_names():
+    """Grows by the name of every function that XLA compiles."""
+    names = []
+
+    def listen(event: str, duration: float, **facts: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(facts["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)

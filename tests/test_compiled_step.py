@@ -154,20 +154,6 @@ def test_the_state_is_updated_in_place(compiled):
     assert program.memory_analysis().alias_size_in_bytes >= 0.99 * size
 
 
-@pytest.fixture
-def compiled_names():
-    """Grows by the name of every function that XLA compiles."""
-    names = []
-
-    def listen(event: str, duration: float, **facts: str) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
-            names.append(facts["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield names
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_a_run_compiles_once_for_each_length_of_a_call(small_config, tmp_path, compiled_names):
     small_config.steps_per_call, small_config.log_every = 20, "1 epoch"  # 20, 20, 5, twice
     train_and_evaluate(small_config, tmp_path)

@@ -1,5 +1,7 @@
 """Phases: which layers are frozen and how large the images are, from which step on."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -8,15 +10,23 @@ from cifar_jax.checkpoint import find_step, read_checkpoint
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.models import resnet50 as network
+from cifar_jax.models.registry import create_model
 from cifar_jax.phases import Phase, make_phases
+from cifar_jax.setup import describe_start, set_up
+from cifar_jax.state import named_leaves, split_model
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
 from configs import mlp
 from experiments.transfer_laptop import config as laptop
 
 
-def phases(freeze="", progressive="", total=100):
-    config = {"freeze": {"layers": freeze}, "progressive": progressive, "model": {"upsampling": 4}}
+def phases(freeze="", progressive="", total=100, accumulate=1):
+    config = {
+        "freeze": {"layers": freeze},
+        "progressive": progressive,
+        "model": {"upsampling": 4},
+        "optimizer": {"accumulate": accumulate},
+    }
     return make_phases(config, steps_per_epoch=10, total=total)
 
 
@@ -38,6 +48,13 @@ def test_without_an_end_it_is_the_whole_run():
     assert phases("stem") == [Phase(0, 4, ("stem",))]
     found = phases("backbone until 20 epochs, stem", "2 until 5 epochs")  # of 10 epochs
     assert found == [Phase(0, 2, ("backbone",)), Phase(50, 4, ("backbone",))]
+
+
+def test_ends_in_epochs_are_whole_updates():
+    starts = [each.start for each in phases("stem until 1.5 epochs", "2 until 3 epochs", 99, 3)]
+    assert starts == [0, 15, 30]
+    starts = [each.start for each in phases("stem until 15 steps", "2 until 3 epochs", 98, 7)]
+    assert starts == [0, 15, 28]  # which `set_up` refuses
 
 
 def test_a_run_that_never_sees_its_own_size_is_refused():
@@ -112,11 +129,38 @@ def config(monkeypatch):
     return config
 
 
+def test_each_phase_trains_what_it_names_at_its_size(config, tmp_path):
+    config.schedule.name, config.augment.crop_padding = "constant", 4
+    train_and_evaluate(config, tmp_path / "whole")
+    first, last = (read_checkpoint(tmp_path / "whole", step)[0] for step in (4, 8))
+    start = named_leaves(
+        split_model(create_model(configuration.to_dict(config)["model"], seed=0))[1]
+    )
+    learns = {name for name in start if not np.array_equal(first[name], start[name])}
+    assert learns == {name for name in start if name.startswith("params.head")}
+    learns = {name for name in start if not np.array_equal(last[name], first[name])}
+    assert learns == {name for name in start if not re.search(r"backbone\.(stem|stage1)", name)}
+    # The first phase is a run at its size, to the last bit.
+    config.progressive, config.model.upsampling, config.train_for = "", 1, "4 steps"
+    config.freeze.layers = "backbone"
+    train_and_evaluate(config, tmp_path / "small")
+    small = read_checkpoint(tmp_path / "small", 4)[0]
+    assert all(np.array_equal(small[name], first[name]) for name in start)
+
+
+def test_a_run_compiles_once_for_each_size(config, tmp_path, compiled_names):
+    config.freeze.layers = ""
+    train_and_evaluate(config, tmp_path)
+    assert compiled_names.count("jit(scan_train_steps)") == 2
+    assert compiled_names.count("jit(eval_step)") == 2
+
+
 def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
     whole = train_and_evaluate(config, tmp_path)
     told = capfd.readouterr().err
     assert "from step 0: upsampling x1, frozen: backbone; parameters" in told
     assert "head 20,490 at 3, stage4" in told and "at 0.8" in told
+    assert "; batch norms: train, in frozen layers frozen\n" in told
     assert told.count("from step 4: upsampling x2, frozen: stem, stage1") == 2  # planned, entered
     assert [each["step"] for each in whole.rows if each["event"] == "evaluation"] == [4, 8]
     # A reader of the checkpoint has the averages and the last size.
@@ -146,6 +190,18 @@ def test_a_run_resumed_in_any_phase_ends_the_same(config, tmp_path, at):
     end, again = (read_checkpoint(tmp_path / each, 8)[0] for each in ("whole", "parts"))
     assert end.keys() == again.keys()
     assert all(np.array_equal(end[name], again[name]) for name in end)
+
+
+def test_a_plain_run_says_what_learns(small_config, config):
+    def told(config):
+        plain = configuration.to_dict(config)
+        return describe_start(set_up(plain, lambda x: create_model(x, seed=0)), step=0)
+
+    assert told(small_config).endswith("; 201,482 parameters, all of them learn")
+    config.progressive = config.freeze.layers = ""
+    config.optimizer.head_rate = config.optimizer.layer_decay = 1.0
+    config.model.batch_norm = "frozen"
+    assert told(config).endswith(" all of them learn; batch norms: frozen, but the head's")
 
 
 def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):

@@ -148,6 +148,15 @@ def test_a_configuration_reaches_the_step(small_config):
     assert rates == pytest.approx([0, 0, 0.25e-3, 0.75e-3, 1e-3, 1e-3])
 
 
+def test_a_run_of_epochs_ends_with_an_update(small_config):
+    small_config.optimizer.accumulate = 4  # of 90 steps
+    setup = set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
+    assert setup.plan.total == 88
+    small_config.optimizer.accumulate = 200
+    with pytest.raises(UserError, match="less than one update of 200 steps"):
+        set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
+
+
 @pytest.mark.parametrize(
     ("accumulate", "freeze", "step"),
     [
@@ -158,7 +167,7 @@ def test_a_configuration_reaches_the_step(small_config):
 def test_what_ends_between_two_updates_is_refused(small_config, accumulate, freeze, step):
     """Of 90 steps the run, or the first of two phases."""
     small_config.optimizer.accumulate, small_config.freeze.layers = accumulate, freeze
-    small_config.optimizer.name = "sgd"
+    small_config.optimizer.name, small_config.train_for = "sgd", "90 steps"
     with pytest.raises(UserError, match=f"expected a divisor of {step}"):
         set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
 

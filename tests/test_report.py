@@ -18,6 +18,7 @@ def make_record(model="mlp", *, is_sample=False, result=True, source="cifar-10-b
         "data": {"source": source, "is_sample": is_sample, "sha256": {}},
         "splits": {"protocol": "notebook", "sizes": SIZES, "sha256": "0", "duplicates": 0},
         "parameters": 1_579_410,
+        "total_steps": 30,
     }
     if result:
         record["result"] = {
@@ -40,6 +41,7 @@ ROWS = [
             "train_accuracy": 0.4 + epoch / 100,
             "validation_accuracy": 0.3 + epoch / 100,
             "validation_loss": 2.0 - epoch / 10,
+            "train_seconds": 6.17 * epoch,
         }
         for epoch in (1, 2, 3)
     ),
@@ -147,7 +149,7 @@ def test_run_without_metrics(tmp_path, capsys):
         (
             "run.json",
             "{}",
-            "run.json: has no valid config.model.name, data.source, data.is_sample, parameters;",
+            "run.json: has no valid config.model.name, data.source, data.is_sample, parameters, total_steps;",
         ),
         *(
             (
@@ -181,11 +183,12 @@ def test_bad_run_is_one_line(tmp_path, capsys, name, content, message):
     assert line.startswith("error: ") and message in line
 
 
+@pytest.mark.parametrize(("total", "seconds"), [(30, "18.5"), (40, "unfinished")])
 @pytest.mark.parametrize("result", [None, {}])
-def test_run_without_a_result_is_unfinished(tmp_path, capsys, result):
-    record = make_record(result=False) | {"result": result}
+def test_run_whose_test_was_not_read(tmp_path, capsys, result, total, seconds):
+    record = make_record(result=False) | {"result": result, "total_steps": total}
     report.main([write_run(tmp_path / "run", record)])
-    assert cells(capsys.readouterr().out.splitlines()[2])[6:8] == ["-", "unfinished"]
+    assert cells(capsys.readouterr().out.splitlines()[2])[6:8] == ["-", seconds]
 
 
 @pytest.mark.parametrize("again", ["run", "run/", "run/../run"])

@@ -57,7 +57,8 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     workdir = tmp_path / "runs"
     shared = ["--config.label_smoothing=0.1", "--config.optimizer.learning_rate=9"]
     sweep.main([*files, f"--workdir={workdir}", *shared])
-    table = capfd.readouterr().out.strip()
+    told = capfd.readouterr()
+    table = told.out.strip()
     assert table == (workdir / "sweep.md").read_text().strip()
     last = {
         name: evaluation_rows(read_rows(workdir / name))[-1]["validation_accuracy"]
@@ -66,6 +67,7 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     first, second = sorted(last, key=last.get, reverse=True)
     rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
     assert rows == [[f"| {name}", f"{last[name]:.4f}"] for name in (first, second)]
+    assert f"evaluate --workdir={workdir / first} --split=test\n" in told.err
     for name, rate in (("slow", 1e-5), ("fast", 1e-3)):
         record = records(workdir)[name]
         assert record["config"]["optimizer"]["learning_rate"] == rate  # not the shared 9

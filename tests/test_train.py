@@ -61,6 +61,8 @@ def test_a_run_leaves_all_that_it_should(reference):
     assert record["result"]["test_count"] == 400 and record["result"]["step"] == TOTAL
     assert [read["step"] for read in record["test_reads"]] == [TOTAL]
     assert record["starts"][0]["versions"]["jax"] == jax.__version__
+    assert record["starts"][0]["started"] <= record["starts"][0]["ended"]
+    assert record["total_steps"] == TOTAL
     assert (reference / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len((reference / "metrics.csv").read_text().splitlines()) == 3
     assert list((reference / "tensorboard").iterdir())
@@ -85,11 +87,12 @@ def test_a_finished_run_is_shown_again_without_a_second_look_at_the_test(referen
     assert len(result.record["test_reads"]) == 1 and len(result.record["starts"]) == 2
 
 
-def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference, monkeypatch):
+def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference, monkeypatch, capsys):
     record = read_run_record(reference)
     monkeypatch.setenv("HOME", str(reference.parent))
     test = evaluate(f"~/{reference.name}", split="test")
     assert test["accuracy"] == record["result"]["test_accuracy"] and test["count"] == 400
+    assert "has been read before, 1 time(s)" in capsys.readouterr().err
     assert test["loss"] == pytest.approx(record["result"]["test_loss"], rel=1e-6)
     assert len(read_run_record(reference)["test_reads"]) == len(record["test_reads"]) + 1
     best = evaluate(reference, split="validation", checkpoint="best")

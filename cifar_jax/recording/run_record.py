@@ -148,15 +148,31 @@ def update_run_record(workdir: str | os.PathLike, **fields) -> dict:
     return record
 
 
-def count_test_read(workdir: str | os.PathLike, entry: dict) -> None:
+def count_test_read(workdir: str | os.PathLike, entry: dict) -> int:
     """Notes that the test split was read: the list shows how often results were looked at.
 
     Args:
         workdir: the run's folder; it exists.
         entry: step, checkpoint, accuracy; the time is added.
+
+    Returns:
+        How often it had been read before.
     """
     with _editing(workdir) as record:
-        record["test_reads"] = [*(record.get("test_reads") or []), {"time": _now(), **entry}]
+        before = record.get("test_reads") or []
+        record["test_reads"] = [*before, {"time": _now(), **entry}]
+        return len(before)
+
+
+def record_end(workdir: str | os.PathLike) -> dict:
+    """Notes when the latest start of a run ended in order, beside when it "started".
+
+    Returns:
+        The whole record.
+    """
+    with _editing(workdir) as record:
+        record["starts"][-1]["ended"] = _now()
+    return record
 
 
 @contextlib.contextmanager
