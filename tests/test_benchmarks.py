@@ -102,6 +102,15 @@ def test_the_plain_network_is_ours(variant):
     assert difference(ours, plain, images) > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("work", ["train", "infer"])
+def test_the_plain_network_takes_turns_with_ours(work):
+    """In processes of their own, as the command lets them."""
+    results = resnet.run(Job(work, 1, 2, "keras"), ["plain-jax"], rounds=1)
+    assert [*results["summary"]] == ["ours", "plain-jax"]
+    assert results["summary"]["plain-jax"]["gflops"] > 0
+
+
 def test_keras_is_left_out_of_the_variant_it_has_not():
     assert resnet.offered(Job("train", 8, 8, "keras")) == [*resnet.CONTENDERS]
     others = resnet.offered(Job("train", 8, 8, "torchvision"))

@@ -149,7 +149,8 @@ def test_run_without_metrics(tmp_path, capsys):
         (
             "run.json",
             "{}",
-            "run.json: has no valid config.model.name, data.source, data.is_sample, parameters, total_steps;",
+            "run.json: has no valid config.model.name, data.source, data.is_sample, parameters, "
+            "total_steps;",
         ),
         *(
             (

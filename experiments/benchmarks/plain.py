@@ -70,11 +70,15 @@ class PlainBackbone(nnx.Module):
                 setattr(self, f"stage{i}_block{j}", block)
                 features = 4 * width
 
-    def __call__(
-        self, x: jax.Array, *, train: bool, axis_name: str | None = None, repeats: int = 1
-    ) -> jax.Array:
-        """Maps [B, h, w, 2048] of images [B, H, W, 3], each pixel repeated; on one device."""
+    def features(
+        self, x: jax.Array, *, train: bool, axis_name: str | None, repeats: int, until: str
+    ) -> dict[str, jax.Array]:
+        """As `ResNet50.features`, but only what a head reads; on one device."""
         del axis_name
+        return {until: self(x, train=train, repeats=repeats)}
+
+    def __call__(self, x: jax.Array, *, train: bool, repeats: int = 1) -> jax.Array:
+        """Maps [B, h, w, 2048] of images [B, H, W, 3], each pixel repeated."""
         x = jnp.repeat(jnp.repeat(x, repeats, axis=1), repeats, axis=2)
         x = nnx.relu(self.stem_norm(self.stem_conv(x), use_running_average=not train))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
