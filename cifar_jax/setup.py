@@ -178,7 +178,7 @@ def _describe_learning(setup: Setup) -> str:
         text = "\n" + describe_groups(setup.template.parts, setup.optimizer, phases)
     if jax.tree.leaves(setup.template.parts["batch_stats"]):
         is_frozen = config["model"]["batch_norm"] == "frozen"
-        text += "; batch norms: " + ("frozen with scale and bias, but the head's" if is_frozen else "train")
+        text += "; batch norms: " + ("the backbone's are frozen" if is_frozen else "train")
         if not is_frozen and any(phase.frozen for phase in phases):
             text += f", in frozen layers {config['freeze']['batch_norm']}"
     return text

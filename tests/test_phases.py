@@ -201,7 +201,7 @@ def test_a_plain_run_says_what_learns(small_config, config):
     config.progressive = config.freeze.layers = ""
     config.optimizer.head_rate = config.optimizer.layer_decay = 1.0
     config.model.batch_norm = "frozen"
-    assert told(config).endswith(" all of them learn; batch norms: frozen with scale and bias, but the head's")
+    assert told(config).endswith(" all of them learn; batch norms: the backbone's are frozen")
 
 
 def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):
