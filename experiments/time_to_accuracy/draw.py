@@ -18,10 +18,10 @@ LABELS = {
     "thaw": "half frozen, 96 px; later all but stem and stage 1, 128 px",
     "partial": "128 px; stem and stages 1 and 2 frozen",
     "full": "128 px; everything trained",
-    "cached": "128 px; a linear layer on cached features",
+    "cached": "128 px; a linear layer on cached features (whole command)",
     "first_cycle": "64, 96, then 128 px; batch norms trained",
 }
-# The pass over all images precedes the first step and is in no metrics (README.md).
+# By the clock: the pass over all images precedes the first step and is in no metrics (README.md).
 MINUTES_BEFORE = {"cached": 8.2}
 
 
