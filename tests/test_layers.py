@@ -131,6 +131,29 @@ def test_convolution_equals_the_plain_one(size, stride):
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"rhs_dilation": (2, 2)},
+        {"feature_group_count": 2},
+        {"preferred_element_type": jnp.float32},
+        {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1},
+    ],
+    ids=str,
+)
+def test_options_of_a_convolution_hold_for_the_smallest_maps(option):
+    groups = option.get("feature_group_count", 1)
+    x, kernel = jnp.ones((1, 2, 2, 4), jnp.bfloat16), jnp.ones((3, 3, 4 // groups, 4), jnp.bfloat16)
+    arguments = (x, kernel, (1, 1), ((2, 2), (2, 2)))
+    option = {**option, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+    found, expected = (
+        convolve(*arguments, **option),
+        jax.lax.conv_general_dilated(*arguments, **option),
+    )
+    assert found.dtype == expected.dtype
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_the_smallest_maps_are_no_convolution():
     """XLA would exchange map and kernel."""
     kernel, rest = jnp.ones((3, 3, 4, 4)), ((1, 1), ((1, 1), (1, 1)))

@@ -75,6 +75,20 @@ def test_the_time_of_every_call_counts_and_that_of_its_compilation_does_not(monk
     assert loop.history.train_seconds == STEPS * SECONDS  # all of them, and no compilation
 
 
+def test_the_host_works_while_the_device_does(monkeypatch):
+    """Nothing is fetched before the next call is on its way."""
+    device = Device()
+    monkeypatch.setattr(loop_module.time, "perf_counter", lambda: device.now)
+    monkeypatch.setattr(jax, "device_get", device.fetch)
+    loop = make_loop(device, lambda step: 0.1)
+    for _ in range(STEPS):
+        device.now += SECONDS / 2  # to make a batch
+        loop.dispatch({}, 1)
+        loop.finish_edge()
+    loop.settle()
+    assert device.now == (100 + STEPS + 0.5) * SECONDS
+
+
 @pytest.mark.parametrize(
     "schedule",
     [

@@ -83,7 +83,7 @@ def main() -> None:
         ]
         for name, s in summary.items()
     ]
-    flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size}"
+    flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size} --rounds={options.rounds}"
     text = "\n\n".join(
         [
             f"# The training loop beside its step: {job.size} px, batch {job.batch_size}",
