@@ -133,7 +133,10 @@ def test_batch_norm_statistics_are_float32_for_bfloat16():
 
 @pytest.mark.parametrize("running_mean", [0, 1e4], ids=["far running mean", "near running mean"])
 def test_batch_norm_is_exact_far_from_zero(running_mean, monkeypatch):
-    """Mean 1e4 deviations from 0: the difference of plain squares would have no digit left."""
+    """Mean 1e4 deviations from 0: the difference of plain squares would have no digit left.
+
+    On a CPU; elsewhere the running mean must be near, as the next test has it.
+    """
     x = (1e4 + batch(4096, 5)).astype(np.float32)
     cotangent = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
 
@@ -148,6 +151,16 @@ def test_batch_norm_is_exact_far_from_zero(running_mean, monkeypatch):
     assert weights.worst(found(jnp.float32), expected) < 1e-3
     monkeypatch.setattr(batch_norm, "_SAFE", np.inf)
     assert weights.errors(found(jnp.float32), expected)["y"] > 0.1
+
+
+@pytest.mark.parametrize(("off", "error"), [(0, 1e-6), (10, 1e-4), (100, 1e-2)])
+def test_how_near_the_shift_must_be(off, error):
+    """Float32's variance, where the shift is so many deviations from the mean 1e4."""
+    x = (1e4 + batch(4096, 5)).astype(np.float32)
+    _, var = batch_norm._shifted_moments(x, jnp.full(5, 1e4 - off, jnp.float32), None)
+    expected = x.astype(np.float64).var(tuple(range(x.ndim - 1)))
+    found = np.abs(np.asarray(var) / expected - 1).max()
+    assert found < error, found
 
 
 @pytest.mark.parametrize("distance", [0, 5, 50], ids="mean {} deviations from 0".format)
