@@ -5,6 +5,9 @@ import sys
 
 import pytest
 
+from cifar_jax import average, evaluate, features, knn, main
+from cifar_jax.errors import UserError
+
 PROGRAM = """
 import resource
 import numpy as np
@@ -39,3 +42,25 @@ def test_freed_memory_is_kept():
     # Measured: none, and 2,176: numpy asks for huge pages, else there were 65,536.
     assert page_faults(keep=True) < 20
     assert page_faults(keep=False) > 100
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        (main, ["--config=configs/mlp.py", "--workdir=unused"]),
+        (features, ["--config=configs/resnet50_probe.py", "--workdir=unused"]),
+        (knn, ["--config=configs/resnet50_probe.py"]),
+        (evaluate, ["--workdir=unused"]),
+        (average, ["unused", "unused.safetensors"]),
+    ],
+    ids=lambda value: value.__name__ if hasattr(value, "__name__") else "",
+)
+def test_commands_that_compute_keep_it(command, flags, monkeypatch, capsys):
+    def kept():
+        raise UserError("kept")
+
+    monkeypatch.setattr(command, "keep_freed_memory", kept)
+    monkeypatch.setattr(sys, "argv", ["command", *flags])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "error: kept" in capsys.readouterr().err

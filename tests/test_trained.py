@@ -6,15 +6,19 @@ import json
 import keras
 import numpy as np
 import pytest
+from flax import nnx
 from keras import layers
 from PIL import Image
 
+from cifar_jax import config as configuration
 from cifar_jax import evaluate, port_weights, predict
 from cifar_jax.data import sources
 from cifar_jax.errors import UserError
 from cifar_jax.labels import CLASS_NAMES
+from cifar_jax.models.registry import create_model
 from cifar_jax.pretrained import certificate, names, ours
-from cifar_jax.trained import load_trained
+from cifar_jax.trained import Trained, load_trained
+from configs import mlp
 from tests import port_sources
 
 COUNT = 6  # images
@@ -209,3 +213,14 @@ def test_it_is_either_a_workdir_or_a_file(arguments):
         load_trained(**arguments)
     with pytest.raises(UserError, match="a.safetensors is a file; only a workdir has a best"):
         load_trained(weights="a.safetensors", checkpoint="best")
+
+
+def test_a_model_is_split_once_for_all_its_calls(sample, monkeypatch):
+    """For a ResNet-50 it takes as long as a small picture."""
+    config = configuration.to_dict(mlp.get_config())
+    trained = Trained(create_model(config["model"], seed=0), {}, None)
+    calls, split = [], nnx.split
+    monkeypatch.setattr(nnx, "split", lambda *options: calls.append(options) or split(*options))
+    for start in range(3):
+        trained.logits(sample.test_images[start : start + 1])
+    assert len(calls) == 1
