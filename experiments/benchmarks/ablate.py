@@ -42,32 +42,17 @@ def main() -> None:
     for path in TWINS:
         run = functools.partial(ours_without, path)
         contenders[f"without: {path}"] = functools.partial(keeping_memory, run, job)
-    reports = interleaved.run(contenders, rounds=options.rounds)
-    summary = interleaved.summarize(reports, base="ours")
-    rows = [
-        [
-            name,
-            f"{1e3 * s['median'] / job.images_a_turn:.1f}",
-            f"{s['ratio']:.2f}",
-            f"{s['ratio_low']:.2f}-{s['ratio_high']:.2f}",
-        ]
-        for name, s in summary.items()
-    ]
-    header = ["", "ms an image", "time over ours", "95 % interval"]
-    machine = interleaved.describe_machine(PACKAGES)
     flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size}"
-    text = "\n\n".join(
-        [
-            f"# The step without one of its fast paths: {job.size} px, batch {job.batch_size}",
-            f"Written by `python -m experiments.benchmarks.ablate {flags}`; "
-            f"{options.rounds} rounds of {job.images_a_turn} images.",
-            interleaved.markdown_table(header, rows),
-            interleaved.format_machine(machine),
-        ]
+    interleaved.write_comparison(
+        RESULTS / f"ablate_{job.size}px_batch{job.batch_size}",
+        interleaved.run(contenders, rounds=options.rounds),
+        base="ours",
+        title=f"The step without one of its fast paths: {job.size} px, batch {job.batch_size}",
+        about=f"Written by `python -m experiments.benchmarks.ablate {flags}`; {options.rounds} "
+        f"rounds of {job.images_a_turn} images.",
+        job=vars(job),
+        machine=interleaved.describe_machine(PACKAGES),
     )
-    results = {"job": vars(job), "machine": machine, "summary": summary, "reports": reports}
-    name = f"ablate_{job.size}px_batch{job.batch_size}"
-    interleaved.write_results(RESULTS / name, results, text=text)
 
 
 if __name__ == "__main__":

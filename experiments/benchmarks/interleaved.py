@@ -135,6 +135,35 @@ def summarize(reports: Mapping[str, Sequence[Report]], *, base: str) -> dict[str
     return summary
 
 
+def write_comparison(
+    path: Path,
+    reports: Mapping[str, Sequence[Report]],
+    *,
+    base: str,
+    title: str,
+    about: str,
+    job: Mapping[str, Any],
+    machine: Mapping[str, Any],
+) -> None:
+    """Writes `path`.md, a table of everybody's turns beside those of `base`, and `path`.json."""
+    summary = summarize(reports, base=base)
+    header = ["", "s a turn", "range", f"time over {base}", "95 % interval", "peak MB"]
+    rows = [
+        [
+            name,
+            f"{s['median']:.2f}",
+            f"{s['min']:.2f}-{s['max']:.2f}",
+            f"{s['ratio']:.3f}",
+            f"{s['ratio_low']:.3f}-{s['ratio_high']:.3f}",
+            f"{s['peak_mb']:,.0f}",
+        ]
+        for name, s in summary.items()
+    ]
+    text = "\n\n".join([f"# {title}", about, markdown_table(header, rows), format_machine(machine)])
+    results = {"job": dict(job), "machine": machine, "summary": summary, "reports": reports}
+    write_results(path, results, text=text)
+
+
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
     """Returns date, processor, load, commit and versions, as plain values."""
     from cifar_jax.recording.run_record import describe_environment

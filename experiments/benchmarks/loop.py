@@ -68,34 +68,17 @@ def main() -> None:
         "bare step": functools.partial(keeping_memory, bare_step, job),
         "whole loop": functools.partial(keeping_memory, whole_loop, job),
     }
-    reports = interleaved.run(contenders, rounds=options.rounds)
-    summary = interleaved.summarize(reports, base="bare step")
-    machine = interleaved.describe_machine(PACKAGES)
-    header = ["", "s a turn", "range", "ratio to the bare step", "95 % interval", "peak MB"]
-    rows = [
-        [
-            name,
-            f"{s['median']:.2f}",
-            f"{s['min']:.2f}-{s['max']:.2f}",
-            f"{s['ratio']:.3f}",
-            f"{s['ratio_low']:.3f}-{s['ratio_high']:.3f}",
-            f"{s['peak_mb']:,.0f}",
-        ]
-        for name, s in summary.items()
-    ]
     flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size} --rounds={options.rounds}"
-    text = "\n\n".join(
-        [
-            f"# The training loop beside its step: {job.size} px, batch {job.batch_size}",
-            f"Written by `python -m experiments.benchmarks.loop {flags}`; {options.rounds} rounds "
-            f"of {STEPS} steps and one checkpoint.",
-            interleaved.markdown_table(header, rows),
-            interleaved.format_machine(machine),
-        ]
+    interleaved.write_comparison(
+        RESULTS / f"loop_{job.size}px_batch{job.batch_size}",
+        interleaved.run(contenders, rounds=options.rounds),
+        base="bare step",
+        title=f"The training loop beside its step: {job.size} px, batch {job.batch_size}",
+        about=f"Written by `python -m experiments.benchmarks.loop {flags}`; "
+        f"{options.rounds} rounds of {STEPS} steps and one checkpoint.",
+        job=vars(job),
+        machine=interleaved.describe_machine(PACKAGES),
     )
-    results = {"job": vars(job), "machine": machine, "summary": summary, "reports": reports}
-    name = f"loop_{job.size}px_batch{job.batch_size}"
-    interleaved.write_results(RESULTS / name, results, text=text)
 
 
 if __name__ == "__main__":
