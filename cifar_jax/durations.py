@@ -41,10 +41,10 @@ class Duration:
     def steps(self, steps_per_epoch: int, *, steps_an_update: int = 1) -> int:
         """Returns the duration in whole training steps, as `nearest_step` rounds.
 
-        Epochs are rounded to whole updates of so many steps; steps are taken as they are written.
+        Epochs are cut to whole updates of so many steps; steps are taken as they are written.
         """
-        unit = steps_an_update if self.unit == "epoch" else 1
-        return nearest_step(self.exact_steps(steps_per_epoch) / unit) * unit
+        steps = nearest_step(self.exact_steps(steps_per_epoch))
+        return steps - steps % steps_an_update if self.unit == "epoch" else steps
 
 
 def nearest_step(steps: Fraction | int) -> int:

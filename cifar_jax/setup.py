@@ -143,7 +143,7 @@ def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
         if step % steps_an_update:
             raise UserError(
                 f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
-                f"{step}, the steps up to an end in config.{key} (epochs would be rounded)"
+                f"{step}, the steps up to an end in config.{key} (epochs would be cut to one)"
             )
 
 

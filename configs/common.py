@@ -121,7 +121,7 @@ def _optimizer() -> ml_collections.ConfigDict:
     #                              five times for the stem; 1: the same rate for all
     optimizer.accumulate = 1  # steps an update takes the mean gradient of: batch_size x accumulate
     #                           images; warm-up and train_for still count steps, epochs being
-    #                           rounded to whole updates
+    #                           cut to whole updates
     return optimizer
 
 
