@@ -2,7 +2,8 @@
 
 A machine that others use drifts by tens of per cent within minutes. So every round times one unit
 of work of each contender, one after another and never two at once, and only ratios within a round
-are compared.
+are compared. The order is drawn anew each round: a turn also pays for what the one before it has
+left in the caches.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,9 +50,9 @@ def run(
             workers[name] = stack.enter_context(_worker(contender))
         reports = {name: [] for name in workers}
         for number in range(rounds + 1):
-            for name, connection in workers.items():
-                connection.send(True)
-                reports[name].append(connection.recv())
+            for name in random.Random(number).sample(list(workers), len(workers)):
+                workers[name].send(True)
+                reports[name].append(workers[name].recv())
             seconds = ", ".join(
                 f"{name} {taken[-1]['seconds']:.3f}" for name, taken in reports.items()
             )

@@ -25,7 +25,7 @@ VALUES = {
     "devices": (1, 2, 4, 8),
 }
 LARGE = 128  # px, from which 8 images must do
-ROUNDS = 3
+ROUNDS = 7
 MEMORY_STEPS, MEMORY_TURNS = 100, 20
 PACKAGES = ("jax", "flax", "optax", "numpy")
 RESULTS = Path(__file__).parent / "results" / "scaling"
