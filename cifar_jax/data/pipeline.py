@@ -43,6 +43,8 @@ def train_batches(
     options = tf.data.Options()
     # Constant folding would copy the images into the graph.
     options.experimental_optimization.apply_default_optimizations = False
+    # Nothing here can be tuned, and the end of a run might wait a minute for the tuner to wake.
+    options.autotune.enabled = False
     signature = {"row": tf.TensorSpec((None, None), tf.int32)}
     dataset = tf.data.Dataset.from_generator(lambda: rows, output_signature=signature).map(gather)
     # One: the loop itself is a call ahead of the device, and a call's images may be many.
