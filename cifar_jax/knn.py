@@ -5,9 +5,11 @@
 Nothing is trained. Each image takes the votes of its k nearest training images, by the cosine of
 their pooled features, weighted with exp(cosine / 0.07) (Wu et al., "Unsupervised Feature Learning
 via Non-Parametric Instance Discrimination", 2018). The features are those that cifar_jax.features
-caches. k is chosen on validation; --test reads the test split with it.
+caches. k is chosen on validation; --test reads the test split with it. Accuracies are printed as
+JSON, by k.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 
@@ -27,9 +29,7 @@ def main() -> None:
         values = parse_flags(__doc__, EXAMPLES, switch="test")
         set_up_logging()
         keep_freed_memory()
-        accuracies = evaluate_knn(values.config, KS, test=values.test)
-        for split, by_k in accuracies.items():
-            print(f"{split}: " + ", ".join(f"k {k}: {value:.4f}" for k, value in by_k.items()))
+        print(json.dumps(evaluate_knn(values.config, KS, test=values.test)))
 
 
 def evaluate_knn(

@@ -28,6 +28,14 @@ Contender = Callable[[Turns], None]  # sets up and warms up, then does one unit 
 BOOTSTRAPS = 10_000
 
 
+class DeadContender(RuntimeError):
+    """A contender's process ended before its turns did; its own words are on stderr."""
+
+    def __init__(self, name: str):
+        super().__init__(f"the process of {name} ended before its turns did")
+        self.name = name
+
+
 def run(
     contenders: Mapping[str, Contender], *, rounds: int, say: Callable[[str], None] = print
 ) -> dict[str, list[Report]]:
@@ -42,22 +50,35 @@ def run(
 
     Returns:
       By name, the reports of each round.
+
+    Raises:
+      DeadContender: if one fails or is killed.
     """
     with contextlib.ExitStack() as stack:
         workers = {}
         for name, contender in contenders.items():
             say(f"setting up {name}")
-            workers[name] = stack.enter_context(_worker(contender))
+            with _blaming(name):
+                workers[name] = stack.enter_context(_worker(contender))
         reports = {name: [] for name in workers}
         for number in range(rounds + 1):
             for name in random.Random(number).sample(list(workers), len(workers)):
-                workers[name].send(True)
-                reports[name].append(workers[name].recv())
+                with _blaming(name):
+                    workers[name].send(True)
+                    reports[name].append(workers[name].recv())
             seconds = ", ".join(
                 f"{name} {taken[-1]['seconds']:.3f}" for name, taken in reports.items()
             )
             say(f"round {number or '0 (not counted)'}: {seconds}")
     return {name: taken[1:] for name, taken in reports.items()}
+
+
+@contextlib.contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:  # nobody at the other end of the pipe
+        raise DeadContender(name) from error
 
 
 @contextlib.contextmanager

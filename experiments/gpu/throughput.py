@@ -48,8 +48,8 @@ def run_case(
         name: functools.partial(failing_aloud, CONTENDERS[name], (job, precision, device, steps))
         for name in ("ours", *names)
     }
-    reports = interleaved.run(workers, rounds=rounds)
-    failed = {
+    reports, failed = run_survivors(workers, rounds)
+    failed |= {
         name: taken[-1].get("failed", "in the last turn")
         for name, taken in reports.items()
         if not all("loss" in each for each in taken)
@@ -67,6 +67,20 @@ def run_case(
         row["loss"] = done[name][-1]["loss"]
     case = {"precision": precision, "batch_size": job.batch_size, "base": base}
     return {**case, "summary": summary, "failed": failed, "reports": done}
+
+
+def run_survivors(
+    workers: Mapping[str, interleaved.Contender], rounds: int
+) -> tuple[dict[str, list[interleaved.Report]], dict[str, str]]:
+    """Runs all anew without the one whose process dies; returns the reports, and who died."""
+    workers, dead = dict(workers), {}
+    while workers:
+        try:
+            return interleaved.run(workers, rounds=rounds), dead
+        except interleaved.DeadContender as error:  # aborted by the driver, or killed for memory
+            dead[error.name] = str(error)
+            del workers[error.name]
+    return {}, dead
 
 
 def failing_aloud(contender: Callable[..., None], setting: tuple, turns: Turns) -> None:
