@@ -1,6 +1,10 @@
 """Contenders take turns, each in a process of its own, and may die there."""
 
+import collections
+import importlib
+import itertools
 import os
+import sys
 
 import pytest
 
@@ -34,13 +38,23 @@ def aborting(turns):
     os.abort()
 
 
-def test_a_round_holds_everybody_once_in_an_order_of_its_own(tmp_path, monkeypatch):
+def test_a_round_holds_everybody_once_in_its_order(tmp_path, monkeypatch):
     monkeypatch.setenv(ORDER, str(tmp_path / "order"))
-    reports = interleaved.run({"first": first, "second": second}, rounds=9)
-    assert {name: len(taken) for name, taken in reports.items()} == {"first": 9, "second": 9}
+    reports = interleaved.run({"first": first, "second": second}, rounds=3)
+    assert {name: len(taken) for name, taken in reports.items()} == {"first": 3, "second": 3}
     names = (tmp_path / "order").read_text().split()
-    rounds = list(zip(names[::2], names[1::2], strict=True))
-    assert set(rounds) == {("first", "second"), ("second", "first")}
+    assert names == [*("first", "second"), *("second", "first") * 2, *("first", "second")]
+    assert [report["after"] for report in reports["first"]] == ["second", "second", None]
+
+
+@pytest.mark.parametrize("count", range(1, 10))
+def test_everybody_follows_everybody_else_equally_often(count):
+    names = "abcdefghi"[:count]
+    rounds = [interleaved.order_of(names, number) for number in range(2 * count)]
+    assert all(sorted(each) == list(names) for each in rounds)
+    followers = collections.Counter(pair for each in rounds for pair in itertools.pairwise(each))
+    assert len(followers) == count * (count - 1)
+    assert set(followers.values()) <= {2}
 
 
 def test_a_contender_that_aborts_leaves_the_others_their_rounds():
@@ -51,3 +65,28 @@ def test_a_contender_that_aborts_leaves_the_others_their_rounds():
     assert set(dead) == {"aborting"}
     assert [report["loss"] for report in reports["quick"]] == [0.5] * 2
     assert run_survivors({"aborting": aborting}, 2)[0] == {}
+
+
+COMMANDS = ("ablate", "layers", "loop", "resnet")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--batch-size=0", "argument --batch-size: found '0', expected a positive integer"),
+        ("--upsampling=x", "argument --upsampling: found 'x', expected a positive integer"),
+        ("--rounds=-1", "argument --rounds: found '-1', expected a positive integer"),
+        ("--batch-size=3000", "a turn needs 3,000 images; expected at most 2,000"),
+        ("--results=/proc/version/x", "argument --results: /proc/version is not a folder"),
+    ],
+)
+def test_a_wrong_option_is_told_before_anything_is_timed(
+    command, option, told, monkeypatch, capsys
+):
+    module = importlib.import_module(f"experiments.benchmarks.{command}")
+    monkeypatch.setattr(sys, "argv", [command, option])
+    with pytest.raises(SystemExit) as error:
+        module.main()
+    assert error.value.code == 2
+    assert told in capsys.readouterr().err.splitlines()[-1]

@@ -5,12 +5,13 @@
 In each contender one path of `twins.py` is replaced by its plain twin. README.md has the findings.
 """
 
-import argparse
 import functools
 import os
 from pathlib import Path
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved, ours
+from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Turns
 from experiments.benchmarks.job import Job, keeping_memory
 
@@ -29,32 +30,28 @@ def ours_without(path: str, job: Job, turns: Turns) -> None:
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--upsampling", type=int, default=4, help="of 32 px (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=16, help="(default: %(default)s)")
-    # Some paths are worth 2 or 3 %: with 7 rounds those could not be told from noise.
-    parser.add_argument("--rounds", type=int, default=15, help="that count (default: %(default)s)")
+    parser = make_parser(__doc__, rounds=18)  # some paths are worth 2 or 3 %: 7 do not show them
+    add_size(parser, upsampling=4, batch_size=16)
     options = parser.parse_args()
+    job = read_job(parser, options)
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     from experiments.benchmarks.twins import TWINS
 
-    job = Job("train", options.upsampling, options.batch_size, "keras")
     contenders = {"ours": functools.partial(keeping_memory, ours.ours, job)}
     for path in TWINS:
         run = functools.partial(ours_without, path)
         contenders[f"without: {path}"] = functools.partial(keeping_memory, run, job)
-    flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size}"
     interleaved.write_comparison(
-        RESULTS / f"ablate_{job.size}px_batch{job.batch_size}",
+        options.results or RESULTS / f"ablate_{job.size}px_batch{job.batch_size}",
         interleaved.run(contenders, rounds=options.rounds),
         base="ours",
         title=f"The step without one of its fast paths: {job.size} px, batch {job.batch_size}",
-        about=f"Written by `python -m experiments.benchmarks.ablate {flags}`; {options.rounds} "
-        f"rounds of {job.images_a_turn} images.",
+        about=f"{written_by()}; {options.rounds} rounds of {job.images_a_turn} images.",
         job=vars(job),
         machine=interleaved.describe_machine(PACKAGES),
     )
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -2,8 +2,8 @@
 
 A machine that others use drifts by tens of per cent within minutes. So every round times one unit
 of work of each contender, one after another and never two at once, and only ratios within a round
-are compared. The order is drawn anew each round: a turn also pays for what the one before it has
-left in the caches.
+are compared. Each round has another order: a turn also pays for what the one before it has left in
+the caches.
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import json
 import multiprocessing
 import os
 import platform
-import random
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,17 +21,19 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.errors import RunError
+
 Report = dict[str, Any]  # of one turn: "seconds", "peak_mb", and what the contender adds
 Turns = Iterator[Report]
 Contender = Callable[[Turns], None]  # sets up and warms up, then does one unit of work a turn
 BOOTSTRAPS = 10_000
 
 
-class DeadContender(RuntimeError):
+class DeadContender(RunError):
     """A contender's process ended before its turns did; its own words are on stderr."""
 
     def __init__(self, name: str):
-        super().__init__(f"the process of {name} ended before its turns did")
+        super().__init__(f"the process of {name} ended before its turns did; see above")
         self.name = name
 
 
@@ -62,15 +63,34 @@ def run(
                 workers[name] = stack.enter_context(_worker(contender))
         reports = {name: [] for name in workers}
         for number in range(rounds + 1):
-            for name in random.Random(number).sample(list(workers), len(workers)):
+            before = None
+            for name in order_of(list(workers), number):
                 with _blaming(name):
                     workers[name].send(True)
-                    reports[name].append(workers[name].recv())
+                    reports[name].append({**workers[name].recv(), "after": before})
+                before = name
             seconds = ", ".join(
                 f"{name} {taken[-1]['seconds']:.3f}" for name, taken in reports.items()
             )
             say(f"round {number or '0 (not counted)'}: {seconds}")
     return {name: taken[1:] for name, taken in reports.items()}
+
+
+def order_of(names: Sequence[str], number: int) -> list[str]:
+    """Returns the order of a round; over 2 n rounds each of n follows each other one equally often.
+
+    A design of Williams (Australian Journal of Scientific Research A 2, 1949), made for what one
+    treatment leaves behind for the next.
+    """
+    count = len(names)
+    steps = [(i + 1) // 2 if i % 2 else -(i // 2) for i in range(count)]  # 0, 1, -1, 2, -2, ...
+    order = [names[(number + step) % count] for step in steps]
+    return order[::-1] if number // count % 2 else order
+
+
+def usable_cores() -> int:
+    """Returns how many cores this process may use: `taskset` lowers it."""
+    return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -194,7 +214,8 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
     environment = describe_environment()
     return {
         "date": environment["started"][:10],
-        **{key: environment[key] for key in ("platform", "cpu", "cpu_count")},
+        **{key: environment[key] for key in ("platform", "cpu")},
+        "cpu_count": usable_cores(),
         "load_average": os.getloadavg(),
         "git": environment["git"],
         "python": platform.python_version(),

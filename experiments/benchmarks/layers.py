@@ -6,7 +6,6 @@ Each distinct convolution is timed alone, through the model's own functions, wit
 Then some whole steps are traced, and the time of each instruction goes to its kind.
 """
 
-import argparse
 import operator
 import os
 import tempfile
@@ -18,23 +17,24 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.errors import exit_on_user_error
 from cifar_jax.memory import keep_freed_memory
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.job import Job, make_stacks
 from experiments.benchmarks.limit import Convolution, convolutions
 from experiments.benchmarks.ours import Training, create_ours
 
 PASSES = ("forward", "input gradient", "weight gradient")
-REPEATS = 5  # of one pass of one shape; the fastest counts
 TRACED_STEPS = 3
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "torch", "numpy")
 Passes = dict[str, Callable[[], Any]]
 
 
-def profile_layers(job: Job, backbone) -> list[dict[str, Any]]:
-    """Times every distinct convolution of the network.
+def profile_layers(job: Job, backbone, *, rounds: int) -> list[dict[str, Any]]:
+    """Times every distinct convolution of the network; the fastest round of each counts.
 
     Returns:
       For each shape: the names of its layers, GFLOP of one pass over the batch, and the seconds of
@@ -48,7 +48,7 @@ def profile_layers(job: Job, backbone) -> list[dict[str, Any]]:
         ours = our_passes(job, backbone, names[0], shape)
         torch = torch_passes(job, shape)
         seconds = {
-            key: interleaved.fastest({"ours": ours[key], "pytorch": torch[key]}, repeats=REPEATS)
+            key: interleaved.fastest({"ours": ours[key], "pytorch": torch[key]}, repeats=rounds)
             for key in ours
         }
         gflop = 2 * shape.macs * job.batch_size / 1e9
@@ -97,7 +97,7 @@ def torch_passes(job: Job, shape: Convolution) -> Passes:
     """Returns the same of PyTorch, channels last."""
     import torch
 
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(interleaved.usable_cores())
     padding = [shape.kernel // 2] * 2
     stride = [shape.stride] * 2
 
@@ -202,14 +202,12 @@ def format_results(results: dict[str, Any]) -> str:
     ]
     whole = 1e3 * step["seconds"] / job["batch_size"]
     alone = 1e3 * sum(map(our_seconds, rows)) / job["batch_size"]
-    options = f"--upsampling={job['upsampling']} --batch-size={job['batch_size']}"
     return "\n".join(
         [
             f"# Where a training step goes: {job['size']} px, batch {job['batch_size']}",
             "",
-            f"Written by `python -m experiments.benchmarks.layers {options} "
-            f"--variant={job['variant']}`. Alone: ms a batch and, in brackets, GFLOP/s, fastest "
-            f"of {REPEATS}.",
+            f"{written_by()}. Alone: ms a batch and, in brackets, GFLOP/s, fastest of "
+            f"{results['rounds']}.",
             "",
             interleaved.markdown_table(header, lines),
             "",
@@ -226,19 +224,18 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs the profile and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--upsampling", type=int, default=8, help="of 32 px (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="(default: %(default)s)")
+    parser = make_parser(__doc__, rounds=5)
+    add_size(parser, upsampling=8, batch_size=8)
     parser.add_argument("--variant", choices=("keras", "torchvision"), default="keras")
-    parser.add_argument("--results", type=Path, help="path without suffix")
     options = parser.parse_args()
+    job = read_job(parser, options, variant=options.variant)
     keep_freed_memory()  # as everybody does in the benchmarks of the whole step
     os.environ["JAX_PLATFORMS"] = "cpu"
-    job = Job("train", options.upsampling, options.batch_size, options.variant)
     config, model = create_ours(job)
-    layers = profile_layers(job, model.backbone)
+    layers = profile_layers(job, model.backbone, rounds=options.rounds)
     results = {
         "job": {**vars(job), "size": job.size},
+        "rounds": options.rounds,
         "machine": interleaved.describe_machine(PACKAGES),
         "step": profile_step(job, config, model),
         "layers": layers,
@@ -248,4 +245,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -7,13 +7,15 @@ every 10 steps, all its files, and a checkpoint at the end of every turn, which 
 bare step makes the same compiled calls on batches that lie ready.
 """
 
-import argparse
 import functools
 import os
 import tempfile
 from pathlib import Path
 
+from cifar_jax.data.sources import load
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Turns
 from experiments.benchmarks.job import Job, keeping_memory, make_stacks, take_turns
 from experiments.benchmarks.ours import Training, create_ours
@@ -57,29 +59,27 @@ def bare_step(job: Job, turns: Turns) -> None:
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--upsampling", type=int, default=2, help="of 32 px (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
+    parser = make_parser(__doc__)
+    add_size(parser, upsampling=2, batch_size=32)
     options = parser.parse_args()
+    job = read_job(parser, options)
+    load()  # missing images are told, or fetched, before anybody has set up
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    job = Job("train", options.upsampling, options.batch_size, "keras")
     contenders = {
         "bare step": functools.partial(keeping_memory, bare_step, job),
         "whole loop": functools.partial(keeping_memory, whole_loop, job),
     }
-    flags = f"--upsampling={job.upsampling} --batch-size={job.batch_size} --rounds={options.rounds}"
     interleaved.write_comparison(
-        RESULTS / f"loop_{job.size}px_batch{job.batch_size}",
+        options.results or RESULTS / f"loop_{job.size}px_batch{job.batch_size}",
         interleaved.run(contenders, rounds=options.rounds),
         base="bare step",
         title=f"The training loop beside its step: {job.size} px, batch {job.batch_size}",
-        about=f"Written by `python -m experiments.benchmarks.loop {flags}`; "
-        f"{options.rounds} rounds of {STEPS} steps and one checkpoint.",
+        about=f"{written_by()}; {options.rounds} rounds of {STEPS} steps and one checkpoint.",
         job=vars(job),
         machine=interleaved.describe_machine(PACKAGES),
     )
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -6,7 +6,6 @@ Everybody trains the same model (3072-64-64-10, float32, RMSprop 1e-3) on the sa
 batches of 32, shuffles every epoch, and counts loss and accuracy. README.md says what is compared.
 """
 
-import argparse
 import functools
 import os
 import tempfile
@@ -16,7 +15,10 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.data import sources
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import make_parser
 from experiments.benchmarks.interleaved import Turns
 
 BATCH_SIZE = 32
@@ -276,10 +278,8 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9, help="that count (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="path without suffix")
-    options = parser.parse_args()
+    options = make_parser(__doc__, rounds=9).parse_args()
+    sources.load()  # missing images are told, or fetched, before anybody has set up
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
@@ -289,8 +289,9 @@ def main() -> None:
         "summary": interleaved.summarize(reports, base="ours"),
         "reports": reports,
     }
-    interleaved.write_results(options.results, results, text=format_results(results))
+    interleaved.write_results(options.results or RESULTS, results, text=format_results(results))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments.benchmarks import limit
-from experiments.benchmarks.interleaved import Turns, fastest
+from experiments.benchmarks.interleaved import Turns, fastest, usable_cores
 from experiments.benchmarks.job import LEARNING_RATE, Job, for_each, load_images, take_turns
 
 
@@ -73,7 +73,7 @@ def _run_torch(job: Job, turns: Turns, *, compiled: bool) -> None:
     import torch
 
     torch.manual_seed(0)
-    torch.set_num_threads(os.cpu_count())
+    torch.set_num_threads(usable_cores())
     images, labels = load_images(job)
     images, labels = torch.from_numpy(images).split(job.batch_size), torch.from_numpy(labels)
     labels = labels.long().split(job.batch_size)

@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved, limit, ours, peers
+from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Report
 from experiments.benchmarks.job import WORKS, Job, keeping_memory
 
@@ -115,14 +117,11 @@ def format_results(results: dict[str, Any]) -> str:
             ]
         )
     rates = "; ".join(f"{name} {rate:.0f}" for name, rate in limits["all"].items())
-    options = f"--work={job['work']} --upsampling={job['upsampling']}"
-    options += f" --batch-size={job['batch_size']} --variant={job['variant']}"
     return "\n".join(
         [
             f"# {TITLES[job['work']]}: {job['size']} px, batch {job['batch_size']}",
             "",
-            f"Written by `python -m experiments.benchmarks.resnet {options}`; "
-            f"{len(reports['ours'])} rounds of {job['images_a_turn']} images.",
+            f"{written_by()}; {len(reports['ours'])} rounds of {job['images_a_turn']} images.",
             "",
             interleaved.markdown_table(header, rows),
             "",
@@ -139,23 +138,20 @@ def format_results(results: dict[str, Any]) -> str:
 
 def parse_options() -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
+    add_size(parser, upsampling=8, batch_size=32)
     parser.add_argument("--work", choices=WORKS, default="train", help="(default: %(default)s)")
-    parser.add_argument("--upsampling", type=int, default=8, help="of 32 px (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=32, help="(default: %(default)s)")
     parser.add_argument(
         "--variant",
         choices=("keras", "torchvision"),
         default="keras",
         help="of the network; Keras has its own only (default: %(default)s)",
     )
-    parser.add_argument("--rounds", type=int, default=7, help="that count (default: %(default)s)")
     parser.add_argument(
         "--contenders", nargs="+", metavar="NAME", help=f"of {', '.join(CONTENDERS)}; default: all"
     )
-    parser.add_argument("--results", type=Path, help="path without suffix")
     options = parser.parse_args()
-    job = Job(options.work, options.upsampling, options.batch_size, options.variant)
+    options.job = job = read_job(parser, options, work=options.work, variant=options.variant)
     unknown = set(options.contenders or ()) - set(offered(job))
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(offered(job))}")
@@ -167,7 +163,7 @@ def main() -> None:
     options = parse_options()
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    job = Job(options.work, options.upsampling, options.batch_size, options.variant)
+    job = options.job
     names = [name for name in options.contenders or offered(job) if name != "ours"]
     results = run(job, names, rounds=options.rounds)
     name = f"resnet_{job.work}_{job.size}px_batch{job.batch_size}"
@@ -177,4 +173,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

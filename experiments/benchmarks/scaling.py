@@ -6,26 +6,27 @@ Of each kind one setting varies; the others are 64 px, 32 images, all cores, one
 virtual: they share the same cores, and show what dividing the work costs.
 """
 
-import argparse
 import functools
 import os
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import Report, Turns
 from experiments.benchmarks.job import Job, keeping_memory, make_stacks, take_turns
 from experiments.benchmarks.ours import Training, create_ours
 
-USUAL = {"batch": 32, "size": 64, "threads": os.cpu_count(), "devices": 1}
+CORES = interleaved.usable_cores()
+USUAL = {"batch": 32, "size": 64, "threads": CORES, "devices": 1}
 VALUES = {
     "batch": (1, 2, 4, 8, 16, 32, 64),
     "size": (32, 64, 96, 128, 192, 256),
-    "threads": tuple(range(1, os.cpu_count() + 1)),
+    "threads": tuple(range(1, CORES + 1)),
     "devices": (1, 2, 4, 8),
 }
 LARGE = 128  # px, from which 8 images must do
-ROUNDS = 7
 MEMORY_STEPS, MEMORY_TURNS = 100, 20
 PACKAGES = ("jax", "flax", "optax", "numpy")
 RESULTS = Path(__file__).parent / "results" / "scaling"
@@ -78,14 +79,14 @@ def settings_of(kind: str) -> list[dict[str, int]]:
     return found
 
 
-def measure(kind: str) -> list[dict[str, Any]]:
+def measure(kind: str, *, rounds: int) -> list[dict[str, Any]]:
     """Times each setting, round by round."""
     settings = settings_of(kind)
     workers = {
         str(setting[kind]): functools.partial(keeping_memory, contender, setting)
         for setting in settings
     }
-    reports = interleaved.run(workers, rounds=ROUNDS)
+    reports = interleaved.run(workers, rounds=rounds)
     summary = interleaved.summarize(reports, base=str(USUAL[kind]))
     for setting, row in zip(settings, summary.values(), strict=True):
         row |= setting | {"image_ms": 1e3 * row["median"] / _job(setting).images_a_turn}
@@ -104,8 +105,8 @@ def format_results(results: dict[str, Any]) -> str:
     header = ["", "batch", "px", "threads", "devices", "ms an image", "ms a step", "peak MB"]
     pages = [
         "# Our training step, by batch, size, threads and devices",
-        "Written by `python -m experiments.benchmarks.scaling`; medians of "
-        f"{ROUNDS} rounds, the notebook's model and optimizer.",
+        f"{written_by()}; medians of {results['rounds']} rounds, the notebook's model and "
+        "optimizer.",
     ]
     for kind, rows in results["scaling"].items():
         cells = [
@@ -130,20 +131,25 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     parser.add_argument("--only", choices=(*VALUES, "memory"), help="one kind, printed alone")
-    only = parser.parse_args().only
+    options = parser.parse_args()
+    only = options.only
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = {
-        "scaling": {kind: measure(kind) for kind in VALUES if only in (None, kind)},
+        "rounds": options.rounds,
+        "scaling": {
+            kind: measure(kind, rounds=options.rounds) for kind in VALUES if only in (None, kind)
+        },
         "memory": measure_memory() if only in (None, "memory") else [],
         "machine": interleaved.describe_machine(PACKAGES),
     }
     if only:
         print(format_results(results))
     else:
-        interleaved.write_results(RESULTS, results, text=format_results(results))
+        interleaved.write_results(options.results or RESULTS, results, text=format_results(results))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -1,12 +1,11 @@
 """Times what a user waits for before and beside the training, with warm file caches.
 
-    python -m experiments.benchmarks.startup [--repeats=5]
+    python -m experiments.benchmarks.startup [--rounds=5]
 
 Each measurement runs in a fresh process; the first of each does not count. README.md says what is
 measured.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -19,7 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cifar_jax.data import sources
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import make_parser
 
 RESULTS = Path(__file__).parent / "results" / "startup"
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "tensorflow-cpu", "numpy")
@@ -141,19 +143,19 @@ def _range(measurement: dict) -> tuple[float, float]:
 
 def main() -> None:
     """Runs the measurements and writes their results."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5, help="that count (default: %(default)s)")
-    repeats = parser.parse_args().repeats
+    options = make_parser(__doc__, rounds=5).parse_args()
+    sources.load()  # missing images are told, or fetched, before anything is timed
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         for what, (target, unit, measure) in measurements(Path(folder)).items():
-            values = [measure() for _ in range(repeats + 1)][1:]
+            values = [measure() for _ in range(options.rounds + 1)][1:]
             results[what] = {"target": target, "unit": unit, "values": values}
             print(what, [round(value, 2) for value in values], unit)
     results = {"machine": interleaved.describe_machine(PACKAGES), "measurements": results}
-    interleaved.write_results(RESULTS, results, text=format_results(results))
+    interleaved.write_results(options.results or RESULTS, results, text=format_results(results))
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.command import make_parser, positive, written_by
 from experiments.benchmarks.interleaved import Turns
 from experiments.benchmarks.job import Job
 from experiments.gpu import contenders
@@ -122,7 +124,7 @@ def format_results(results: Mapping[str, Any]) -> str:
         [
             f"# The training step on {', '.join(sorted(devices)) or 'no device'}",
             "",
-            f"Written by `python -m experiments.gpu.throughput`; {results['rounds']} rounds of "
+            f"{written_by()}; {results['rounds']} rounds of "
             f"{results['steps']} steps, {results['size']} px; README.md explains the columns.",
             "",
             interleaved.markdown_table(HEADER, rows),
@@ -134,17 +136,15 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
-    add("--batch-sizes", nargs="+", type=int, default=BATCH_SIZES, metavar="N")
+    add("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="N")
     peers = [name for name in CONTENDERS if name != "ours"]
     add("--contenders", nargs="+", choices=peers, default=peers, help="beside ours; default: all")
-    add("--upsampling", type=int, default=8, help="of 32 px (default: %(default)s)")
-    add("--rounds", type=int, default=7, help="that count (default: %(default)s)")
-    add("--steps", type=int, default=20, help="in one turn (default: %(default)s)")
+    add("--upsampling", type=positive, default=8, help="of 32 px (default: %(default)s)")
+    add("--steps", type=positive, default=20, help="in one turn (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
-    add("--results", type=Path, default=RESULTS, help="path without suffix (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
@@ -153,6 +153,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_options(arguments)
     # Contenders share the GPU's memory: nobody may take what it does not use.
     os.environ |= {"JAX_PLATFORMS": options.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    from cifar_jax.parallel import check_devices
+
+    check_devices()
     results = {
         "machine": interleaved.describe_machine(PACKAGES),
         "rounds": options.rounds,
@@ -169,8 +172,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **{"device": options.device, "rounds": options.rounds, "steps": options.steps},
             )
             results["cases"].append(case)
-            interleaved.write_results(options.results, results, text=format_results(results))
+            interleaved.write_results(
+                options.results or RESULTS, results, text=format_results(results)
+            )
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -16,6 +16,7 @@ import numpy as np
 
 from cifar_jax.data.pipeline import train_batches, train_rows
 from cifar_jax.data.splits import Split
+from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import (
     describe_machine,
     format_machine,
@@ -25,7 +26,6 @@ from experiments.benchmarks.interleaved import (
 
 IMAGES = 50_000
 CALLS = ((32, 1), (32, 225), (256, 1), (1024, 1))  # images a step, steps a call
-ROUNDS = 7
 RATES = ("median", "min", "max")
 RESULTS = Path(__file__).parent / "results" / "feed"
 
@@ -51,7 +51,7 @@ def format_results(results: dict[str, Any]) -> str:
         [
             "# What one core feeds",
             "",
-            f"Written by `python -m experiments.tpu.feed`; {ROUNDS} epochs of {IMAGES:,} images.",
+            f"{written_by()}; {results['rounds']} epochs of {IMAGES:,} images.",
             "",
             markdown_table(["images x steps a call", "images/s, median", "least", "most"], rows),
             "",
@@ -62,11 +62,12 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measures and writes."""
+    options = make_parser(__doc__).parse_args()
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before TensorFlow counts its threads
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     split = Split("train", images, np.zeros(IMAGES, np.int32), np.arange(IMAGES))
     rates = {call: [] for call in CALLS}
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         for call, taken in rates.items():
             taken.append(epoch_rate(split, *call))
     calls = [
@@ -80,8 +81,9 @@ def main() -> None:
         }
         for (batch_size, steps), taken in rates.items()
     ]
-    results = {"machine": describe_machine(("tensorflow-cpu", "numpy")), "calls": calls}
-    write_results(RESULTS, results, text=format_results(results))
+    machine = describe_machine(("tensorflow-cpu", "numpy"))
+    results = {"machine": machine, "rounds": options.rounds, "calls": calls}
+    write_results(options.results or RESULTS, results, text=format_results(results))
 
 
 if __name__ == "__main__":

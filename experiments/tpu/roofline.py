@@ -6,6 +6,7 @@ Arithmetic on published peaks and the compiled programs of results/programs.json
 Written to results/roofline.md and .json. README.md says how far it can be trusted.
 """
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -92,6 +93,7 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Reads the compiled program and the measured feed, and writes the estimate."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     programs = json.loads((FOLDER / "programs.json").read_text())["programs"]
     program = next(each["program"] for each in programs if Case(**each["case"]) == PROGRAM)
     calls = json.loads((FOLDER / "feed.json").read_text())["calls"]

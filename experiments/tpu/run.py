@@ -6,15 +6,18 @@ Needs requirements-tpu.txt. A ResNet-50 takes minutes; a stopped command goes on
 a program that has changed since is compiled again. README.md says what the columns are.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import UserError, exit_on_user_error
 from experiments.benchmarks.interleaved import markdown_table, write_results
 from experiments.tpu.ahead import MEMORY, Case, lower, measure, total_memory
 
@@ -119,6 +122,9 @@ def format_results(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Compiles what has no result yet, and writes after each."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are only named
     path = RESULTS.with_suffix(".json")
     programs = json.loads(path.read_text())["programs"] if path.exists() else []
@@ -140,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
