@@ -1,8 +1,12 @@
 """Nearest neighbours, against a loop in NumPy."""
 
+import json
+import sys
+
 import numpy as np
 import pytest
 
+from cifar_jax import knn
 from cifar_jax.data.splits import Split
 from cifar_jax.neighbours import TEMPERATURE, accuracy_by_k
 
@@ -46,3 +50,11 @@ def test_batches_change_nothing(splits, monkeypatch):
     whole = accuracy_by_k(*splits, KS)
     monkeypatch.setattr("cifar_jax.neighbours.BATCH", 7)
     assert accuracy_by_k(*splits, KS) == whole
+
+
+def test_the_command_prints_nothing_but_json(monkeypatch, capsys):
+    monkeypatch.setattr(knn, "keep_freed_memory", lambda: None)  # it would stay with this process
+    monkeypatch.setattr(knn, "evaluate_knn", lambda config, ks, test: {"validation": {ks[0]: 0.5}})
+    monkeypatch.setattr(sys, "argv", ["knn", "--config=configs/resnet50_probe.py"])
+    knn.main()
+    assert json.loads(capsys.readouterr().out) == {"validation": {str(knn.KS[0]): 0.5}}
