@@ -14,6 +14,7 @@ from experiments.seeds import read_sweep
 
 FOLDER = Path(__file__).parent
 LABELS = {
+    "finetuned_frozen_norms": "ResNet-50, pretrained, all of it trained but the batch norms",
     "finetuned": "ResNet-50, pretrained, all of it trained",
     "frozen": "a linear layer on its frozen features",
     "random": "ResNet-50 from random weights",
@@ -23,7 +24,7 @@ LABELS = {
 
 def main() -> None:
     """Draws a line through the means of the seeds, and a point for each seed."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, label) in enumerate(LABELS.items()):
         runs = read_sweep(FOLDER / "results" / name)
@@ -37,7 +38,7 @@ def main() -> None:
     axes.set_xticks(images, labels=[f"{count:,}" for count in images], minor=False)
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(FOLDER / "scarce_data.png", image.getvalue())
