@@ -33,7 +33,7 @@ class DeadContender(RunError):
     """A contender's process ended before its turns did; its own words are on stderr."""
 
     def __init__(self, name: str):
-        super().__init__(f"the process of {name} ended before its turns did; see above")
+        super().__init__(f"the process of {name} ended before its turns did")
         self.name = name
 
 

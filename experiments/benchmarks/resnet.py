@@ -136,7 +136,7 @@ def format_results(results: dict[str, Any]) -> str:
     )
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options() -> tuple[Job, argparse.Namespace]:
     """Reads the command line."""
     parser = make_parser(__doc__)
     add_size(parser, upsampling=8, batch_size=32)
@@ -151,19 +151,18 @@ def parse_options() -> argparse.Namespace:
         "--contenders", nargs="+", metavar="NAME", help=f"of {', '.join(CONTENDERS)}; default: all"
     )
     options = parser.parse_args()
-    options.job = job = read_job(parser, options, work=options.work, variant=options.variant)
+    job = read_job(parser, options, work=options.work, variant=options.variant)
     unknown = set(options.contenders or ()) - set(offered(job))
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(offered(job))}")
-    return options
+    return job, options
 
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    options = parse_options()
+    job, options = parse_options()
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    job = options.job
     names = [name for name in options.contenders or offered(job) if name != "ours"]
     results = run(job, names, rounds=options.rounds)
     name = f"resnet_{job.work}_{job.size}px_batch{job.batch_size}"

@@ -16,6 +16,7 @@ import numpy as np
 
 from cifar_jax.data.pipeline import train_batches, train_rows
 from cifar_jax.data.splits import Split
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import (
     describe_machine,
@@ -87,4 +88,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

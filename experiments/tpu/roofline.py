@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks.interleaved import markdown_table, write_results
 from experiments.tpu.ahead import Case
 
@@ -109,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
