@@ -20,7 +20,7 @@ from cifar_jax.models.layers import matmul
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.parallel import JitExecution
-from cifar_jax.state import create_state
+from cifar_jax.state import TrainState, create_state
 from cifar_jax.train import train_and_evaluate
 from configs import mlp, resnet50
 from experiments.benchmarks.hlo import Program
@@ -53,28 +53,49 @@ BOUNDS = {
 
 def compile_step(blocks: tuple[int, ...]):
     """The notebook's step as a user's run compiles it on one device, and its state."""
-    config = resnet50.get_config()
-    config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "STAGE_BLOCKS", blocks)
-        return compile_calls(config, steps=1, batch_size=BATCH)
+        return compile_calls(notebook_config(), steps=1, batch_size=BATCH)
+
+
+def notebook_config():
+    config = resnet50.get_config()
+    config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
+    return config
 
 
 def compile_calls(config, *, steps: int, batch_size: int):
     """What a run compiles for calls of so many steps on one device, and its state."""
+    state = abstract_state(config)
+    batches = abstract_batches(steps, batch_size)
+    return one_device().compiled_train.lower(state, batches).compile(), state
+
+
+def compile_evaluation(config, *, batch_size: int):
+    """What a run compiles to evaluate a batch on one device."""
+    batch = abstract_batches(batch_size) | {"mask": jax.ShapeDtypeStruct((batch_size,), bool)}
+    return one_device().compiled_eval.lower(abstract_state(config), batch).compile()
+
+
+def one_device() -> JitExecution:
+    return JitExecution(jax.devices()[:1])
+
+
+def abstract_state(config) -> TrainState:
     config = configuration.to_dict(config)
     optimizer = make_optimizer(
         OptimizerConfig(**config["optimizer"]), optax.constant_schedule(2e-5)
     )
-    state = jax.eval_shape(
+    return jax.eval_shape(
         lambda: create_state(create_model(config["model"], seed=0), optimizer, seed=0)
     )
-    batches = {
-        "image": jax.ShapeDtypeStruct((steps, batch_size, 32, 32, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct((steps, batch_size), np.int32),
+
+
+def abstract_batches(*sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        "image": jax.ShapeDtypeStruct((*sizes, 32, 32, 3), np.uint8),
+        "label": jax.ShapeDtypeStruct(sizes, np.int32),
     }
-    execution = JitExecution(jax.devices()[:1])
-    return execution.compiled_train.lower(state, batches).compile(), state
 
 
 def count(program) -> Bounds:
@@ -111,6 +132,22 @@ def test_the_step_is_no_more_work_than_it_was(compiled):
     program, _, bounds = compiled
     found = count(program)
     assert not worse(found, bounds), found
+
+
+def test_evaluation_is_no_more_work_than_it_was(monkeypatch):
+    monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
+    found = count(compile_evaluation(notebook_config(), batch_size=BATCH))
+    bounds = Bounds(5, 20, 0, large_copies=0, large_transposes=0, gflop=0.44, gigabytes=0.052)
+    assert not worse(found, bounds), found
+
+
+def test_an_mlp_is_no_more_work_than_it_was():
+    step, _ = compile_calls(mlp.get_config(), steps=5, batch_size=32)  # a loop's body counts once
+    bounds = Bounds(0, 8, 0, large_copies=1, large_transposes=1, gflop=0.0282, gigabytes=0.0094)
+    assert not worse(count(step), bounds), count(step)
+    evaluation = count(compile_evaluation(mlp.get_config(), batch_size=32))
+    bounds = Bounds(0, 3, 0, large_copies=0, large_transposes=0, gflop=0.0131, gigabytes=0.0018)
+    assert not worse(evaluation, bounds), evaluation
 
 
 # What grows without it. "moments from plain sums" lowers none of them, only the time (ablate.py).

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.errors import RunError
+from cifar_jax.recording.files import write_atomically
 
 Report = dict[str, Any]  # of one turn: "seconds", "peak_mb", and what the contender adds
 Turns = Iterator[Report]
@@ -244,5 +245,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_results(path: Path, results: dict[str, Any], *, text: str) -> None:
     """Writes `path`.json and, for people, `path`.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text + "\n")
+    write_atomically(path.with_suffix(".json"), json.dumps(results, indent=1).encode() + b"\n")
+    write_atomically(path.with_suffix(".md"), text.encode() + b"\n")

@@ -20,6 +20,7 @@ import numpy as np
 
 from cifar_jax.data.sources import load
 from cifar_jax.data.splits import Split, fingerprint, make_splits
+from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.mlp import BATCH_SIZE, PACKAGES, SPLIT_SEED, create_keras_model
 
@@ -155,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

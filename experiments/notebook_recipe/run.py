@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from cifar_jax.errors import exit_on_user_error
+from cifar_jax.recording.files import write_atomically
 from experiments.benchmarks import interleaved
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def train_keras(weights: Path, path: Path) -> None:
         verbose=0,
         callbacks=[EveryStep()],
     )
-    path.write_text(json.dumps(rows))
+    write_atomically(path, json.dumps(rows).encode())
 
 
 def start(config: dict[str, Any]) -> tuple["Split", dict[str, Any]]:
@@ -204,8 +205,7 @@ def main() -> None:
     workdir = options.workdir.absolute()
     weights, keras_rows = workdir / "keras_variant.safetensors", workdir / "keras.json"
     if not weights.exists():
-        with exit_on_user_error():
-            write_keras_variant(options.weights, weights)
+        write_keras_variant(options.weights, weights)
     ours = train_ours(workdir / "ours", weights)
     if not keras_rows.exists():  # in a process of its own, which gives its memory back
         process = multiprocessing.get_context("spawn").Process(
@@ -224,4 +224,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
