@@ -25,11 +25,12 @@ SWITCHES = {
 }
 
 
-def define_flags(names: Collection[str]) -> flags.FlagValues:
+def define_flags(names: Collection[str], argv: Sequence[str]) -> flags.FlagValues:
     """Returns the flags of a command that has a configuration, not yet parsed.
 
     Args:
       names: of them.
+      argv: what will be parsed; which fields of the configuration are flags depends on it.
     """
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
@@ -38,6 +39,7 @@ def define_flags(names: Collection[str]) -> flags.FlagValues:
         "Configuration file, such as configs/mlp.py.",
         lock_config=True,
         flag_values=values,
+        sys_argv=list(argv),
     )
     if "workdir" in names:
         flags.DEFINE_string(
@@ -55,7 +57,7 @@ def define_flags(names: Collection[str]) -> flags.FlagValues:
 def parse_flags(
     doc: str, examples: Mapping[str, str], *, switch: str = "profile"
 ) -> flags.FlagValues:
-    """Parses `sys.argv` (where ml_collections looks too); `--help` is answered here.
+    """Parses `sys.argv`; `--help` is answered here.
 
     Args:
       doc: what the command does, for `--help`.
@@ -65,16 +67,8 @@ def parse_flags(
     Raises:
       UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
     """
-    try:
-        names = [*examples, switch]
-        values = define_flags(names)
-        rest = values([_expand_home(argument) for argument in sys.argv])[1:]
-        if values.config is not None:
-            values.config.keys()  # a file that could not be read says so only when it is used
-    # A configuration file is a program: reading it may raise anything.
-    except Exception as error:
-        text = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
-        raise UserError(f"{_reason(' '.join(str(text).split()))}; see --help") from error
+    names = [*examples, switch]
+    values, rest = read_flags(names, sys.argv)
     if values.help:
         show_help(values, doc, names)
     if rest:
@@ -85,14 +79,45 @@ def parse_flags(
     return values
 
 
+def read_flags(names: Collection[str], argv: Sequence[str]) -> tuple[flags.FlagValues, list[str]]:
+    """Parses a command line, and reads the configuration that it names.
+
+    Args:
+      names: of the flags, as `define_flags` takes them.
+      argv: the program's name, and its arguments.
+
+    Returns:
+      The flags, and the arguments that are none.
+
+    Raises:
+      UserError: one line, for a wrong flag, a missing file, an unknown key or a wrong type.
+    """
+    argv = [_expand_home(argument) for argument in argv]
+    try:
+        values = define_flags(names, argv)
+        rest = values(argv)[1:]
+        if values.config is not None:
+            values.config.keys()  # a file that could not be read says so only when it is used
+    # A configuration file is a program: reading it may raise anything.
+    except Exception as error:
+        raise UserError(f"{_reason(error, argv)}; see --help") from error
+    return values, rest
+
+
 def _expand_home(argument: str) -> str:
     """A shell leaves the ~ of --config=~/own.py as it is."""
     name, equals, path = argument.partition("=")
     return name + equals + os.path.expanduser(path) if name.strip("-") == "config" else argument
 
 
-def _reason(text: str) -> str:
+def _reason(error: Exception, argv: Sequence[str]) -> str:
     """Puts what ml_collections says of a flag the way that a reader of it needs."""
+    while isinstance(error, KeyError | AttributeError) and isinstance(error.args[0], KeyError):
+        error = error.args[0]
+    text = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
+    text = " ".join(str(text).split())
+    if isinstance(error, KeyError) and (unknown := _unknown_field(text, argv)):
+        return unknown
     if match := re.match(r"flag --(config\.\S+)=.*: Failed to parse .* as a ConfigDict", text):
         name = match[1]
         return f"{name} is a group of fields; set one of them, as in --{name}.NAME=VALUE"
@@ -100,6 +125,16 @@ def _reason(text: str) -> str:
     if "No module named 'configs'" in text:
         text += "; run it from the folder that holds configs/"
     return text
+
+
+def _unknown_field(text: str, argv: Sequence[str]) -> str | None:
+    """Says which of the flags has no field, where a lookup of its name has failed."""
+    found = re.match(r"""'(\w+)'(?: Did you mean "(\w+)")?""", text)
+    flag_names = [argument.partition("=")[0].lstrip("-") for argument in argv]
+    for name in flag_names:
+        if found and found[1] in name.split(".")[1:]:
+            return f"{name} is no field" + (f" (did you mean {found[2]}?)" if found[2] else "")
+    return None
 
 
 def show_help(values: flags.FlagValues, doc: str, names: Sequence[str]) -> NoReturn:

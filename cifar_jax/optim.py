@@ -86,6 +86,7 @@ def make_optimizer(
         "adamw": adam,
     }[config.name]
     has_momentum = config.momentum and config.name in ("rmsprop", "sgd")
+    nesterov = config.nesterov and config.name == "sgd"  # Keras's RMSprop has none
     by_group = optax.stateless(lambda updates, _: _scale_by_group(updates, config))
     decay = optax.add_decayed_weights(
         lambda step: -config.weight_decay * schedule(step),
@@ -95,7 +96,7 @@ def make_optimizer(
         clip,
         scale,
         optax.scale_by_learning_rate(schedule),
-        optax.trace(config.momentum, config.nesterov) if has_momentum else optax.identity(),
+        optax.trace(config.momentum, nesterov) if has_momentum else optax.identity(),
         decay if config.weight_decay else optax.identity(),
         by_group if has_groups(config) else optax.identity(),
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -78,6 +79,12 @@ def check_spans(config: Mapping[str, Any]) -> None:
                 f'{found}; expected upsamplings of 1 to 8 such as "2 until 3 epochs, 3 until 4 '
                 'epochs"; config.model.upsampling follows'
             )
+    upsamplings = [int(span.words[0]) for span in sizes] + [config["model.upsampling"]]
+    if any(a >= b for a, b in itertools.pairwise(upsamplings)):
+        raise UserError(
+            f"{found}; expected upsamplings that grow, up to {upsamplings[-1]}, "
+            "which is config.model.upsampling"
+        )
     if sizes and (config["model.name"], config["model.head"]) != ("resnet50", "pooled"):
         raise UserError(
             f'{found}; only a ResNet-50 with config.model.head "pooled" reads several sizes'
@@ -90,10 +97,10 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
     Args:
       config: as `config.to_dict` gives it.
       steps_per_epoch: of the run.
-      total: steps of the whole run; later phases are left out.
+      total: steps of the whole run.
 
     Raises:
-      UserError: for spans whose ends do not grow, or a run that ends before its last size.
+      UserError: for spans whose ends do not grow, or lie behind the end of the run.
     """
     texts = {FREEZE: config["freeze"]["layers"], PROGRESSIVE: config[PROGRESSIVE]}
     in_steps = functools.partial(
@@ -107,14 +114,7 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
             (span.words, math.inf if span.end is None else in_steps(span.end))
             for span in parse_spans(text, key=key)
         ]
-        ends = [0] + [end for _, end in spans[key]]
-        if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
-            raise UserError(f'config.{key} is "{text}"; expected ends that grow')
-        if key == PROGRESSIVE and ends[-1] >= total:
-            raise UserError(
-                f'config.{key} is "{text}"; the run ends after {total} steps, before it has seen '
-                "images of config.model.upsampling"
-            )
+        _check_ends([end for _, end in spans[key]], total, key=key, text=text)
     starts = {0} | {end for of_key in spans.values() for _, end in of_key if end < total}
 
     def words_at(key: str, step: int) -> tuple[str, ...]:
@@ -128,3 +128,19 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
         )
         for start in sorted(starts)
     ]
+
+
+def _check_ends(ends: list[float], total: int, *, key: str, text: str) -> None:
+    found = f'config.{key} is "{text}"'
+    if any(a >= b for a, b in itertools.pairwise([0, *ends])):
+        steps = ", ".join("the end" if end == math.inf else str(end) for end in ends)
+        raise UserError(
+            f"{found}, in steps {steps}; expected ends that grow (those in epochs are cut to "
+            "whole updates, see config.optimizer.accumulate)"
+        )
+    late = [end for end in ends if total <= end < math.inf]
+    if late:
+        raise UserError(
+            f"{found}; the run (config.train_for) ends after {total} steps, before what follows "
+            f"step {late[0]}"
+        )

@@ -17,6 +17,7 @@ class Recipe:
 
     label_smoothing: float = 0.0
     ema_decay: float = 0.0
+    accumulate: int = 1  # steps an update
     augment: Augment = Augment()
     frozen: tuple[str, ...] = ()  # patterns of parameters' names, as `is_frozen` reads them
 
@@ -26,6 +27,7 @@ class Recipe:
         return cls(
             label_smoothing=config["label_smoothing"],
             ema_decay=config["ema_decay"],
+            accumulate=config["optimizer"]["accumulate"],
             augment=Augment(**config["augment"]),
         )
 
@@ -35,9 +37,9 @@ def is_frozen(name: str, patterns: Iterable[str]) -> bool:
 
     Args:
       name: such as "backbone.stage1.block2.conv1.kernel".
-      patterns: each a part of a name, such as "stage1" or "stage?.block1.norm*.scale".
+      patterns: each begins a part of a name, such as "stage1" or "stage?.block1.norm*.scale".
     """
-    return any(fnmatch.fnmatchcase(name, f"*{pattern}*") for pattern in patterns)
+    return any(fnmatch.fnmatchcase(f".{name}", f"*.{pattern}*") for pattern in patterns)
 
 
 def where_frozen(params: Any, patterns: Iterable[str]) -> Any:

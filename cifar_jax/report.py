@@ -27,7 +27,7 @@ COLUMNS = ("run", "model", "data", "epochs", *SPLITS, "seconds", "parameters")
 
 
 def accuracies(record: dict, rows: list[dict]) -> dict[str, float]:
-    """The accuracies of a run: of the step that was tested, else of its last evaluation.
+    """The accuracies of a run: of the step that was tested, or of its last evaluation.
 
     Args:
         record: its `run.json`.
@@ -106,8 +106,9 @@ def _run_cells(name: str, record: dict, rows: list[dict]) -> list[str]:
 def _reported_row(record: dict, rows: list[dict]) -> dict:
     evaluations = evaluation_rows(rows)
     step = field(record, "result.step")
-    tested = [row for row in evaluations if row["step"] == step]
-    return (tested or evaluations or [{}])[-1]
+    if step is not None:  # a damaged file may have lost the row: another's would not belong to it
+        evaluations = [row for row in evaluations if row["step"] == step]
+    return evaluations[-1] if evaluations else {}
 
 
 def _cells(values: dict[str, float], *, missing: str) -> list[str]:
@@ -146,15 +147,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--by", choices=tuple(X_AXES), default="epochs", help="of the figure")
     options = parser.parse_args(arguments)
     with exit_on_user_error():
-        if options.figure is not None and Path(options.figure).suffix.lower() != ".png":
+        figure = options.figure and Path(options.figure).expanduser()
+        if figure and figure.suffix.lower() != ".png":
             raise UserError(f"--figure={options.figure}: expected a name that ends in .png")
+        if figure and not figure.parent.is_dir():
+            raise UserError(f"--figure={options.figure}: there is no folder {figure.parent}")
         runs = {
             name: _read_run(workdir)
             for name, workdir in zip(_names(options.runs), options.runs, strict=True)
         }
+        for name, (_, rows) in runs.items():
+            if figure and not evaluation_rows(rows):
+                raise UserError(f"{name}: no evaluation in its metrics; leave it out of --figure")
         print(markdown_table(runs))
-        if options.figure:
-            figure = Path(options.figure).expanduser()
+        if figure:
             curves = {name: rows for name, (_, rows) in runs.items()}
             draw_comparison(curves, figure, by=options.by)
 

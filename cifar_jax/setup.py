@@ -21,7 +21,7 @@ from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recipe import Recipe
 from cifar_jax.recording.run_record import describe_environment
 from cifar_jax.state import TrainState, count_parameters, create_state, model_leaves
-from cifar_jax.structures import CreateModel, describe_groups, make_structures
+from cifar_jax.structures import CreateModel, count_learning, describe_groups, make_structures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +143,8 @@ def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
         if step % steps_an_update:
             raise UserError(
                 f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
-                f"{step}, the steps up to an end in config.{key} (epochs would be cut to one)"
+                f"{step}, the steps up to an end in config.{key} (ends in epochs are cut to "
+                "whole updates)"
             )
 
 
@@ -171,13 +172,17 @@ def describe_start(setup: Setup, *, step: int) -> str:
 
 def _describe_learning(setup: Setup) -> str:
     """Says what learns at which rate, and what the batch norms do."""
-    phases, config = setup.plan.phases, setup.config
+    phases, config, parts = setup.plan.phases, setup.config, setup.template.parts
+    batch_norm = config["model"]["batch_norm"]
     if len(phases) == 1 and not phases[0].frozen and not has_groups(setup.optimizer):
-        text = f"; {count_parameters(setup.template):,} parameters, all of them learn"
+        count = count_parameters(setup.template)
+        learning = count_learning(parts, phases[0].frozen, batch_norm=batch_norm)
+        text = f"; {count:,} parameters, "
+        text += "all of them learn" if learning == count else f"{learning:,} of them learn"
     else:
-        text = "\n" + describe_groups(setup.template.parts, setup.optimizer, phases)
+        text = "\n" + describe_groups(parts, setup.optimizer, phases, batch_norm=batch_norm)
     if jax.tree.leaves(setup.template.parts["batch_stats"]):
-        is_frozen = config["model"]["batch_norm"] == "frozen"
+        is_frozen = batch_norm == "frozen"
         text += "; batch norms: " + ("the backbone's are frozen" if is_frozen else "train")
         if not is_frozen and any(phase.frozen for phase in phases):
             text += f", in frozen layers {config['freeze']['batch_norm']}"

@@ -90,13 +90,16 @@ def train_step(
 
 
 def _average(state: TrainState) -> TrainState:
-    """Moves the averages towards the state; the first updates, far from the end, count less."""
-    steps = state.step.astype(jnp.float32)
-    decay = jnp.minimum(state.recipe.ema_decay, (1 + steps) / (10 + steps))
-    moved = jax.tree.map(
-        lambda old, new: (new + decay * (old - new)).astype(old.dtype), state.ema, state.parts
-    )
-    return state.replace(ema=moved)
+    """Moves the averages towards the state after an update; the first, far from the end, less."""
+    updates, left = jnp.divmod(state.step, state.recipe.accumulate)
+    updates = updates.astype(jnp.float32)
+    decay = jnp.minimum(state.recipe.ema_decay, (1 + updates) / (10 + updates))
+
+    def move(old, new):
+        moved = (new + decay * (old - new)).astype(old.dtype)
+        return moved if state.recipe.accumulate == 1 else jnp.where(left == 0, moved, old)
+
+    return state.replace(ema=jax.tree.map(move, state.ema, state.parts))
 
 
 def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> Metrics:

@@ -1,6 +1,6 @@
 """What a model is in each phase of a run, and which of its parameters learn at what rate."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from flax import nnx
@@ -48,15 +48,21 @@ def _check_patterns(model: nnx.Module, phase: Phase) -> None:
     found = f'config.{FREEZE} has "{{}}"'
     for pattern in phase.frozen:
         if not any(is_frozen(name, [pattern]) for name in names):
+            tops = dict.fromkeys(name.removeprefix("backbone.").split(".")[0] for name in names)
             raise UserError(
-                f"{found.format(pattern)}, which is in no name such as {next(iter(names))}"
+                f"{found.format(pattern)}, with which no part of a parameter's name begins; "
+                f"expected such as {', '.join(tops)}"
             )
     if all(is_frozen(name, phase.frozen) for name in names):
         raise UserError(f"{found.format(' '.join(phase.frozen))}, which leaves nothing to train")
 
 
 def describe_groups(
-    parts: Mapping[str, Any], optimizer: OptimizerConfig, phases: tuple[Phase, ...]
+    parts: Mapping[str, Any],
+    optimizer: OptimizerConfig,
+    phases: tuple[Phase, ...],
+    *,
+    batch_norm: str,
 ) -> str:
     """Says what learns, in numbers: a line a phase.
 
@@ -64,18 +70,41 @@ def describe_groups(
       parts: of the model, as `split_model` gives them.
       optimizer: which has the groups' rates.
       phases: of the run.
+      batch_norm: `config.model.batch_norm`.
     """
-    return "\n".join(_describe(_parameters(parts), optimizer, phase) for phase in phases)
+    described = (_describe(parts, optimizer, phase, batch_norm) for phase in phases)
+    return "\n".join(described)
 
 
-def _describe(sizes: Mapping[str, int], optimizer: OptimizerConfig, phase: Phase) -> str:
+def count_learning(parts: Mapping[str, Any], frozen: Collection[str], *, batch_norm: str) -> int:
+    """Returns how many parameters learn.
+
+    Args:
+      parts: of the model, as `split_model` gives them.
+      frozen: patterns, as `recipe.is_frozen` reads them.
+      batch_norm: `config.model.batch_norm`; "frozen" ones of the backbone do not learn.
+    """
+    return sum(_learning(parts, frozen, batch_norm).values())
+
+
+def _learning(parts: Mapping[str, Any], frozen: Collection[str], batch_norm: str) -> dict[str, int]:
+    sizes = _parameters(parts)
+    norms = {name.removesuffix(".scale") for name in sizes if name.endswith(".scale")}
+
+    def learns(name: str) -> bool:
+        is_norm = name.startswith("backbone.") and name.rpartition(".")[0] in norms
+        return not is_frozen(name, frozen) and not (is_norm and batch_norm == "frozen")
+
+    return {name: size for name, size in sizes.items() if learns(name)}
+
+
+def _describe(
+    parts: Mapping[str, Any], optimizer: OptimizerConfig, phase: Phase, batch_norm: str
+) -> str:
     learning = dict.fromkeys(GROUPS, 0)
-    frozen = 0
-    for name, size in sizes.items():
-        if is_frozen(name, phase.frozen):
-            frozen += size
-        else:
-            learning[group_of(name)] += size
+    for name, size in _learning(parts, phase.frozen, batch_norm).items():
+        learning[group_of(name)] += size
+    frozen = sum(_parameters(parts).values()) - sum(learning.values())
     rates = ", ".join(
         f"{group} {count:,} at {rate_of(group, optimizer):g}"
         for group, count in learning.items()

@@ -32,6 +32,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar_jax import config as configuration
+from cifar_jax.command import python_command, read_flags
 from cifar_jax.errors import RunError, UserError, exit_on_user_error, tell
 from cifar_jax.recording.files import write_atomically
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
@@ -52,7 +54,9 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
     """
     try:
         tables = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; expected a TOML file, see --help") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UserError(f"{path}: {error}; expected a TOML file, see --help") from error
     if not tables:
         raise UserError(f"{path}: no runs in it; expected a table for each, see --help")
@@ -62,6 +66,8 @@ def read_sweep(path: Path) -> dict[str, list[str]]:
 def _arguments(path: Path, name: str, table: Any) -> list[str]:
     if not isinstance(table, dict) or not re.fullmatch(r"\w[\w.-]*", name) or name == RANKING_NAME:
         raise UserError(f'{path}: "{name}" is no table with the name of a folder; see --help')
+    if table.get("test"):
+        raise UserError(f"{path}: {name}.test is true; a sweep leaves the test split unread")
     command = table.pop("command", COMMANDS[0])
     if command not in COMMANDS:
         raise UserError(f'{path}: {name}.command is "{command}"; expected {" or ".join(COMMANDS)}')
@@ -75,6 +81,25 @@ def _fields(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _fields(value, f"{prefix}{key}.")
         else:
             yield prefix + key, tuple(value) if isinstance(value, list) else value
+
+
+def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path) -> None:
+    """Refuses what no run could start with, before the first one has begun.
+
+    Args:
+      runs: as `read_sweep` gives them.
+      shared: flags of all runs.
+      path: of the sweep's file.
+
+    Raises:
+      UserError: naming file and run.
+    """
+    for name, (_, *flags) in runs.items():
+        try:
+            values, _ = read_flags(["config"], ["sweep", *shared, *flags])
+            configuration.check(values.config)
+        except UserError as error:
+            raise UserError(f"{path}: {name}: {error}") from error
 
 
 def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path) -> set[str]:
@@ -95,12 +120,14 @@ def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path)
     for number, (name, (module, *flags)) in enumerate(runs.items(), start=1):
         command = [sys.executable, "-m", module, *shared]
         command += [f"--workdir={workdir / name}", *flags, "--config.test=False"]
-        tell(f"run {number}/{len(runs)}: {shlex.join(command[1:])}")
+        tell(f"run {number}/{len(runs)}: {python_command()} {shlex.join(command[1:])}")
         with StopSignal() as stop:
             # In a session of its own, so that each signal reaches it once, from here.
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
             code = _wait(process, stop)
         if stop.received is not None:
+            again = f"{python_command()} -m cifar_jax.sweep {shlex.join(sys.argv[1:])}"
+            tell(f"the sweep goes on with: {again}")
             sys.exit(128 + stop.received)
         if code:
             failed.add(name)
@@ -186,8 +213,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         runs = read_sweep(options.sweep)
         if not Path(options.config).expanduser().is_file():
             raise UserError(f"--config={options.config}: no such file")
+        shared = [f"--config={options.config}", *shared]
+        check_runs(runs, shared, options.sweep)
         workdir = options.workdir.expanduser()
-        failed = run_all(runs, [f"--config={options.config}", *shared], workdir)
+        failed = run_all(runs, shared, workdir)
         ranking = rank(list(runs), workdir, failed=failed)
         table = format_ranking(ranking)
         if len(failed) < len(runs):  # or it was the command, and an earlier table stays

@@ -30,9 +30,9 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.label_smoothing = 0.0  # share of a label that is spread over all classes; the training
     #                               loss counts it, that of an evaluation does not
-    config.ema_decay = 0.0  # a step's share of the old averages of weights and statistics, which
+    config.ema_decay = 0.0  # an update's share of the old averages of weights and statistics, which
     #                         are evaluated and predict in their place; 0: no averages. At first
-    #                         less, (1 + k) / (10 + k) after k steps
+    #                         less, (1 + k) / (10 + k) after k updates
     config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
     #                          upsampling 2, then 3, then model.upsampling (pooled head)
 
@@ -82,8 +82,9 @@ def _model() -> ml_collections.ConfigDict:
 def _freeze() -> ml_collections.ConfigDict:
     """Returns `config.freeze`: what does not learn."""
     freeze = ml_collections.ConfigDict()
-    freeze.layers = ""  # parts of parameters' names: "stem stage1" for the whole run, or "backbone
-    #                     until 1 epoch, stem stage1 until 2 epochs"; * stands for anything
+    freeze.layers = ""  # what parts of parameters' names begin with: "stem stage1" for the whole
+    #                     run, or "backbone until 1 epoch, stem stage1 until 2 epochs"; * stands
+    #                     for anything
     freeze.batch_norm = "frozen"  # norms whose scale and bias are frozen keep their statistics;
     #                               "train": they do as model.batch_norm says
     freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4"; its

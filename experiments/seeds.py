@@ -9,25 +9,34 @@ Reads what is there of each run: metrics.csv, and test.json where the test split
 import argparse
 import csv
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
+from cifar_jax.errors import UserError, exit_on_user_error
+
 
 def read_sweep(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Returns by name a dictionary for each seed, in their order; unfinished runs are left out.
+    """Returns by name a dictionary for each seed, in their order.
 
     Each has "validation" and, where it was read, "test" (0..1), and "minutes" of training.
+
+    Raises:
+      UserError: where the seeds of a name have come to different steps: one is unfinished.
     """
     runs: dict[tuple[str, int], dict[str, float]] = {}
     for path in folder.glob("*-*/metrics.csv"):
-        name, _, seed = path.parent.name.rpartition("-")
+        if not (parts := re.fullmatch(r"(.+)-(\d+)", path.parent.name)):
+            continue
+        name, seed = parts.groups()
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         if not rows:
             continue
         runs[name, int(seed)] = {
+            "step": int(rows[-1]["step"]),
             "validation": float(rows[-1]["validation_accuracy"]),
             "minutes": float(rows[-1]["train_seconds"]) / 60,
         }
@@ -37,6 +46,13 @@ def read_sweep(folder: Path) -> dict[str, list[dict[str, float]]]:
     found: dict[str, list[dict[str, float]]] = {}
     for (name, _), run in sorted(runs.items()):
         found.setdefault(name, []).append(run)
+    for name, of_name in found.items():
+        steps = {int(run["step"]) for run in of_name}
+        if len(steps) > 1:
+            raise UserError(
+                f"{folder}: the seeds of {name} end at steps {sorted(steps)}; "
+                "expected one step: finish them all, or take the folder away"
+            )
     return found
 
 
@@ -74,4 +90,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()

@@ -157,6 +157,20 @@ def test_shares_are_those_of_beta(images):
     assert float(mixed.var()) == pytest.approx(1 / (4 * 1.4), rel=0.1)
 
 
+def test_with_both_asked_for_one_is_drawn_at_even_odds(images):
+    """Of a black and a white image CutMix leaves only those two, and mixup one grey."""
+    pair = np.stack([np.zeros((32, 32, 3), np.uint8), np.full((32, 32, 3), 255, np.uint8)] * 200)
+    config = Augment(mixup=1.0, cutmix=1.0)
+    mixed, targets = augment(pair, np.arange(400, dtype=np.int32) % 2, keys(400), config)
+    mixed, targets = np.asarray(mixed), np.asarray(targets)
+    lowest, highest = mixed.min((1, 2, 3)), mixed.max((1, 2, 3))
+    is_mixup = highest - lowest < 1e-3
+    assert np.isin(mixed[~is_mixup], (0, 255)).all()
+    assert 0.4 < is_mixup.mean() < 0.6  # a rectangle that is empty or all looks like mixup too
+    # The share of white pixels is the share of label 1, by mixup and by CutMix.
+    np.testing.assert_allclose(mixed.mean((1, 2, 3)) / 255, targets[:, 1], atol=0.02)
+
+
 ALL = Augment(flip=True, crop_padding=4, policy="trivial", mixup=0.2, cutmix=1.0)
 
 

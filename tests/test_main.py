@@ -122,8 +122,18 @@ CASES = {
         lambda place: (place / "lost.py").write_text(LOST),
         "run it from the folder that holds configs/",
     ),
-    "unknown key": ("main", [*TRAIN, "--config.batch_sze=3"], nothing, "batch_sze"),
-    "unknown nested key": ("main", [*TRAIN, "--config.optimizer.rho=3"], nothing, "rho"),
+    "unknown key": (
+        "main", [*TRAIN, "--config.batch_sze=3"], nothing,
+        "error: config.batch_sze is no field (did you mean batch_size?); see --help",
+    ),
+    "unknown nested key": (
+        "main", [*TRAIN, "--config.optimizer.rho=3"], nothing,
+        "error: config.optimizer.rho is no field; see --help",
+    ),
+    "unknown group": (
+        "main", [*TRAIN, "--config.nonsense.x=3"], nothing,
+        "error: config.nonsense.x is no field; see --help",
+    ),
     "batch is a word": ("main", [*TRAIN, "--config.batch_size=many"], nothing, "config.batch_size"),
     "batch is a fraction": ("main", [*TRAIN, "--config.batch_size=1.5"], nothing, "batch_size"),
     "batch 0": ("main", [*TRAIN, "--config.batch_size=0"], nothing, "config.batch_size is 0"),

@@ -110,7 +110,8 @@ def test_constant_with_and_without_warmup():
 
 # Keras 3.15 turns its variables into arrays in a way that NumPy 2 warns of.
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-@pytest.mark.parametrize(("name", "nesterov"), [("rmsprop", False), ("sgd", False), ("sgd", True)])
+@pytest.mark.parametrize("nesterov", [False, True])  # Keras's RMSprop has none
+@pytest.mark.parametrize("name", ["rmsprop", "sgd"])
 def test_momentum_under_a_schedule_is_keras(name, nesterov):
     """40 updates of one variable in float32, with a rate that falls to nothing.
 

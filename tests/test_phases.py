@@ -18,6 +18,7 @@ from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
 from configs import mlp
 from experiments.transfer_laptop import config as laptop
+from tests.test_train import send_in
 
 
 def phases(freeze="", progressive="", total=100, accumulate=1):
@@ -46,8 +47,6 @@ def test_both_texts_cut_the_run():
 
 def test_without_an_end_it_is_the_whole_run():
     assert phases("stem") == [Phase(0, 4, ("stem",))]
-    found = phases("backbone until 20 epochs, stem", "2 until 5 epochs")  # of 10 epochs
-    assert found == [Phase(0, 2, ("backbone",)), Phase(50, 4, ("backbone",))]
 
 
 def test_ends_in_epochs_are_whole_updates():
@@ -57,9 +56,12 @@ def test_ends_in_epochs_are_whole_updates():
     assert starts == [0, 15, 28]  # which `set_up` refuses
 
 
-def test_a_run_that_never_sees_its_own_size_is_refused():
-    with pytest.raises(UserError, match="the run ends after 100 steps, before it has seen"):
-        phases(progressive="2 until 10 epochs")
+@pytest.mark.parametrize(
+    "texts", [dict(progressive="2 until 10 epochs"), dict(freeze="backbone until 10 epochs, typo")]
+)
+def test_what_a_run_never_comes_to_is_refused(texts):
+    with pytest.raises(UserError, match="ends after 100 steps, before what follows step 100"):
+        phases(**texts)
 
 
 def test_adam_does_not_thaw():
@@ -91,6 +93,8 @@ def test_an_mlp_has_no_groups(key, value):
         ("progressive", "9 until 1 epoch", "expected upsamplings of 1 to 8"),
         ("progressive", "2", "expected upsamplings of 1 to 8"),
         ("progressive", "2 4 until 1 epoch", "expected upsamplings of 1 to 8"),
+        ("progressive", "3 until 1 epoch, 2 until 2 epochs", "that grow, up to 4, which is config"),
+        ("progressive", "4 until 1 epoch", "that grow, up to 4, which is config.model.upsampling"),
     ],
 )
 def test_a_wrong_text_is_told_by_its_key(key, text, expected):
@@ -178,14 +182,14 @@ def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [5, 6])
-def test_a_run_resumed_in_any_phase_ends_the_same(config, tmp_path, at):
+def test_a_run_resumed_in_any_phase_ends_the_same(config, tmp_path, monkeypatch, at):
     """Stopped within the second of three phases, and at its end."""
     config.freeze.layers = "backbone until 4 steps, stem stage1 until 6 steps"
     config.schedule.name, config.checkpoint_every = "constant", "1 step"
-    stopped = config.copy_and_resolve_references()
-    stopped.train_for = f"{at} steps"
     train_and_evaluate(config, tmp_path / "whole")
-    train_and_evaluate(stopped, tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        send_in(patch, "dispatch", at)
+        assert train_and_evaluate(config, tmp_path / "parts").step == at
     train_and_evaluate(config, tmp_path / "parts")
     end, again = (read_checkpoint(tmp_path / each, 8)[0] for each in ("whole", "parts"))
     assert end.keys() == again.keys()
@@ -200,13 +204,22 @@ def test_a_plain_run_says_what_learns(small_config, config):
     assert told(small_config).endswith("; 201,482 parameters, all of them learn")
     config.progressive = config.freeze.layers = ""
     config.optimizer.head_rate = config.optimizer.layer_decay = 1.0
+    # One block a stage: 2 * 64 of the stem's norm, and 2 * (n + n + 4 n + 4 n) for n = 64 ... 512.
+    norms = 2 * 64 + 20 * (64 + 128 + 256 + 512)
+    assert told(config).endswith(" all of them learn; batch norms: train")
     config.model.batch_norm = "frozen"
-    assert told(config).endswith(" all of them learn; batch norms: the backbone's are frozen")
+    found = re.search(r"; ([\d,]+) parameters, ([\d,]+) of them", told(config))
+    total, learn = (int(number.replace(",", "")) for number in found.groups())
+    assert total - learn == norms
+    assert told(config).endswith(" of them learn; batch norms: the backbone's are frozen")
+    config.freeze.layers = "stem"
+    kernel = 7 * 7 * 3 * 64
+    assert f"; frozen {norms + kernel:,}; batch norms: the" in told(config)
 
 
 def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):
     config.freeze.layers = "stage9 until 2 steps"
-    with pytest.raises(UserError, match='config.freeze.layers has "stage9", which is in no name'):
+    with pytest.raises(UserError, match='"stage9", with which no part of a parameter'):
         train_and_evaluate(config, tmp_path)
     config.freeze.layers = "stage head stem"
     with pytest.raises(UserError, match="leaves nothing to train"):

@@ -215,8 +215,37 @@ def test_figure_that_is_no_png_is_one_line(tmp_path, capsys, monkeypatch, name):
     assert output.out == "" and [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_figure_in_no_folder_is_one_line(tmp_path, capsys):
+    run = write_run(tmp_path / "run", make_record())
+    with pytest.raises(SystemExit) as raised:
+        report.main([run, f"--figure={tmp_path}/missing/runs.png"])
+    output = capsys.readouterr()
+    assert raised.value.code == 2 and output.out == ""
+    assert output.err.endswith(f"there is no folder {tmp_path}/missing\n")
+
+
 def test_figure_that_cannot_be_written(tmp_path, capsys):
     run = write_run(tmp_path / "run", make_record())
+    (tmp_path / "runs.png").mkdir()
     with pytest.raises(SystemExit):
-        report.main([run, f"--figure={tmp_path}/missing/runs.png"])
-    assert "missing/runs.png: cannot be written" in capsys.readouterr().err
+        report.main([run, f"--figure={tmp_path}/runs.png"])
+    assert "runs.png: cannot be written" in capsys.readouterr().err
+
+
+def test_figure_of_a_run_without_evaluations_is_one_line(tmp_path, capsys):
+    runs = [write_run(tmp_path / "run", make_record())]
+    runs.append(write_run(tmp_path / "new", make_record(result=False), []))
+    with pytest.raises(SystemExit) as raised:
+        report.main([*runs, f"--figure={tmp_path}/runs.png"])
+    output = capsys.readouterr()
+    assert raised.value.code == 2 and output.out == ""
+    assert output.err == "error: new: no evaluation in its metrics; leave it out of --figure\n"
+    assert not (tmp_path / "runs.png").exists()
+
+
+def test_a_lost_row_is_not_replaced_by_another(tmp_path, capsys):
+    """The test was of step 20, whose row the file has lost."""
+    run = write_run(tmp_path / "run", make_record(), ROWS[:2])
+    report.main([run])
+    found = cells(capsys.readouterr().out.splitlines()[2])
+    assert found[3:8] == ["-", "-", "-", "0.4321", "unfinished"]

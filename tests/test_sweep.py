@@ -84,9 +84,18 @@ def test_other_flags_are_refused(files, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize("flag", ["--config.nonsense.x=3", "--config.seed=x"])
+def test_a_wrong_field_of_all_runs_is_told_before_the_first(files, tmp_path, capsys, flag):
+    with pytest.raises(SystemExit) as caught:
+        sweep.main([*files, f"--workdir={tmp_path / 'runs'}", flag])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and flag.strip("-")[:15] in told and told.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = '[wrong]\noptimizer.name = "none"\n\n[right]\ntrain_for = "1 epoch"\n'
+    text = '[wrong]\nbatch_size = 5000\n\n[right]\ntrain_for = "1 epoch"\n'  # of 1,440 images
     (tmp_path / "sweep.toml").write_text(text)
     with pytest.raises(SystemExit) as caught:
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}"])
@@ -112,6 +121,8 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     _, told = process.communicate(timeout=120)
     assert process.returncode == 128 + number, told
     assert "stopped and saved" in told and not (workdir / "fast").exists()
+    again = f"-m cifar_jax.sweep {' '.join(files)} --workdir={workdir}\n"
+    assert told.endswith(again) and "the sweep goes on with: " in told
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     starts = [start["step"] for start in records(workdir)["slow"]["starts"]]
@@ -128,6 +139,11 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, number):
         ('[""]\nseed = 1', '"" is no table'),
         ('["sweep.md"]\nseed = 1', '"sweep.md" is no table'),
         ('[a]\ncommand = "rm"', 'a.command is "rm"; expected main or features'),
+        ("[a]\ntest = true", "a.test is true; a sweep leaves the test split unread"),
+        # Told before the first run, whichever it is of.
+        ("[a]\n[b]\noptimizer.lerning_rate = 1", "b: config.optimizer.lerning_rate is no field"),
+        ("[a]\n[b]\nema_decay = 2.0", "b: config.ema_decay is 2.0; expected"),
+        ('[a]\n[b]\nseed = "x"', "b: flag --config.seed=x"),
     ],
 )
 def test_a_wrong_file_is_one_line(files, tmp_path, capsys, text, expected):
