@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent
 NOTEBOOK = 0.9366  # its test accuracy
 LABELS = {
     "one_cycle": "64, 96, then 128 px (configs/resnet50_cpu.py)",
-    "thaw": "half frozen, 96 px; later all but stem and stage 1, 128 px",
+    "thaw": "first 7 of 16 blocks frozen, 96 px; later all but stem and stage 1, 128 px",
     "partial": "128 px; stem and stages 1 and 2 frozen",
     "full": "128 px; everything trained",
     "cached": "128 px; a linear layer on cached features (whole command)",
@@ -43,7 +43,10 @@ def main() -> None:
         axes.plot(minutes, accuracies, "o-", markersize=4, label=label)
     axes.axhline(NOTEBOOK, color="black", linewidth=0.8, linestyle=":")
     axes.annotate("the notebook's test", (0.5, NOTEBOOK), va="bottom", fontsize="small")
-    axes.set(xlabel="minutes of training on two cores", ylabel="validation accuracy")
+    axes.set(
+        xlabel="minutes on two cores (of training, if not said otherwise)",
+        ylabel="validation accuracy",
+    )
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
