@@ -161,7 +161,8 @@ def test_the_page_has_a_row_for_everybody(results):
     header, rule, ours, other = [[cell.strip() for cell in row] for row in cells]
     assert len(header) == len(rule) == len(ours) == len(other)
     assert (ours[0], other[0], other[header.index("ratio to ours")]) == ("ours", "other", "2.00")
-    assert "slow 5; fast 50" in page
+    share = 4 * results["gflop_per_image"] / 100
+    assert f"slow 5 (ours {10 * share:.0%}); fast 50 (ours {share:.0%})." in page
 
 
 TEXT = """HloModule jit_f

@@ -20,11 +20,12 @@ from cifar_jax.models.layers import matmul
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.parallel import JitExecution
-from cifar_jax.state import TrainState, create_state
+from cifar_jax.state import TrainState, create_state, named_leaves
 from cifar_jax.train import train_and_evaluate
 from configs import mlp, resnet50
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.twins import TWINS
+from tests.references import weights
 
 BATCH, UPSAMPLING = 2, 2
 LARGE = 2**16  # elements: the larger kernels, and maps of both images
@@ -169,6 +170,51 @@ def test_a_fast_path_that_is_lost_is_seen(monkeypatch, path):
     monkeypatch.setattr(twin.module, twin.name, twin.plain)
     program, _ = compile_step(SHALLOW)
     assert SEEN[path] in worse(count(program), BOUNDS[SHALLOW])
+
+
+def gradients_of(*seeds: int) -> list[dict[str, np.ndarray]]:
+    """What an update by the gradient adds to the shallow network's arrays, by seeds of images."""
+    config = notebook_config()
+    config.optimizer.name, config.model.dropout = "sgd", 0.0
+    config = configuration.to_dict(config)
+    optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), optax.constant_schedule(1.0))
+    jax.clear_caches()  # a function that was replaced must be traced again
+    execution, found = one_device(), []
+    for seed in seeds:
+        state = create_state(create_model(config["model"], seed=0), optimizer, seed=0)
+        before = jax.device_get(named_leaves(state.parts))
+        images = weights.natural_images(BATCH, 32, 32, seed=seed)[None]
+        labels = np.arange(BATCH, dtype=np.int32)[None]
+        after, _ = execution.train(execution.place(state), {"image": images, "label": labels})
+        after = named_leaves(jax.device_get(after.parts))
+        found.append({name: after[name] - before[name] for name in before})
+    return found
+
+
+@pytest.fixture(scope="module")
+def gradients():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(network, "STAGE_BLOCKS", SHALLOW)
+        return gradients_of(0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", TWINS)
+def test_a_plain_twin_computes_the_same(monkeypatch, gradients, path):
+    """Gradients and moved statistics, in float32; another batch shows the scale."""
+    twin = TWINS[path]
+    monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
+    monkeypatch.setattr(twin.module, twin.name, twin.plain)
+    (plain,) = gradients_of(0)
+    for part in ("kernel", "scale", "mean", "var"):  # of a bias before a norm there is only noise
+        ours, other, expected = (
+            np.concatenate([np.ravel(x) for name, x in each.items() if name.endswith(part)])
+            for each in (*gradients, plain)
+        )
+        scale = np.linalg.norm(expected)
+        bound = 1e-4 if part in ("mean", "var") else 0.01  # a rounding turns a ReLU on or off
+        assert np.linalg.norm(ours - expected) < bound * scale, part
+        assert np.linalg.norm(other - expected) > 0.3 * scale, part
 
 
 @pytest.mark.parametrize(("product", "folded"), [(matmul, False), (jnp.matmul, True)])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from cifar_jax.errors import UserError
 from experiments.benchmarks import interleaved
 from experiments.gpu.throughput import run_survivors
 
@@ -79,6 +80,8 @@ COMMANDS = ("ablate", "layers", "loop", "resnet")
         ("--rounds=-1", "argument --rounds: found '-1', expected a positive integer"),
         ("--batch-size=3000", "a turn needs 3,000 images; expected at most 2,000"),
         ("--results=/proc/version/x", "argument --results: /proc/version is not a folder"),
+        ("--results=/", "argument --results: found '/', expected the path of a file"),
+        ("--results=", "argument --results: found '', expected the path of a file"),
     ],
 )
 def test_a_wrong_option_is_told_before_anything_is_timed(
@@ -90,3 +93,17 @@ def test_a_wrong_option_is_told_before_anything_is_timed(
         module.main()
     assert error.value.code == 2
     assert told in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("command", ["resnet", "mlp", "layers"])
+def test_a_missing_package_is_told_before_anything_is_timed(command, monkeypatch):
+    module = importlib.import_module(f"experiments.benchmarks.{command}")
+    monkeypatch.setattr(module, "PACKAGES", ("jax", "no-such-package"))
+    monkeypatch.setattr(sys, "argv", [command])
+    with pytest.raises(UserError, match="no-such-package is not installed; pip install -r req"):
+        module.main()
+
+
+def test_a_dot_in_the_name_of_results_stays(tmp_path):
+    interleaved.write_results(tmp_path / "a_v1.5", {"x": 1}, text="page")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a_v1.5.json", "a_v1.5.md"]

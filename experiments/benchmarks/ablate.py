@@ -34,6 +34,7 @@ def main() -> None:
     add_size(parser, upsampling=4, batch_size=16)
     options = parser.parse_args()
     job = read_job(parser, options)
+    machine = interleaved.describe_machine(PACKAGES)
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     from experiments.benchmarks.twins import TWINS
 
@@ -48,7 +49,7 @@ def main() -> None:
         title=f"The step without one of its fast paths: {job.size} px, batch {job.batch_size}",
         about=f"{written_by()}; {options.rounds} rounds of {job.images_a_turn} images.",
         job=vars(job),
-        machine=interleaved.describe_machine(PACKAGES),
+        machine=machine,
     )
 
 

@@ -55,6 +55,11 @@ def positive(text: str) -> int:
 def new_path(text: str) -> Path:
     """Reads a path where files can be written: the time to find out is before an hour's work."""
     path = Path(text).expanduser()
+    if not path.name:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected the path of a file")
+    for suffix in (".json", ".md"):
+        if path.with_name(path.name + suffix).is_dir():
+            raise argparse.ArgumentTypeError(f"{text}{suffix} is a folder")
     folder = next(each for each in path.absolute().parents if each.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise argparse.ArgumentTypeError(f"{folder} is not a folder that can be written to")

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.errors import RunError
+from cifar_jax.errors import RunError, UserError
 from cifar_jax.recording.files import write_atomically
 
 Report = dict[str, Any]  # of one turn: "seconds", "peak_mb", and what the contender adds
@@ -112,6 +113,9 @@ def _worker(contender: Contender) -> Iterator[Connection]:
     try:
         ours.recv()
         yield ours
+    except KeyboardInterrupt:
+        process.kill()
+        raise
     finally:
         ours.close()
         process.join(30)
@@ -119,6 +123,7 @@ def _worker(contender: Contender) -> Iterator[Connection]:
 
 
 def _serve(contender: Contender, connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits
     with contextlib.suppress(EOFError):  # the end of the benchmark
         contender(_turns(connection))
 
@@ -209,10 +214,22 @@ def write_comparison(
 
 
 def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
-    """Returns date, processor, load, commit and versions, as plain values."""
+    """Returns date, processor, load, commit and versions, as plain values.
+
+    Call it before anything is timed: so it is the load of others, and what is missing is told.
+
+    Raises:
+      UserError: where a package is not installed.
+    """
     from cifar_jax.recording.run_record import describe_environment
 
     environment = describe_environment()
+    try:
+        versions = {package: importlib.metadata.version(package) for package in packages}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise UserError(
+            f"{error.name} is not installed; pip install -r requirements-dev.txt"
+        ) from error
     return {
         "date": environment["started"][:10],
         **{key: environment[key] for key in ("platform", "cpu")},
@@ -220,7 +237,7 @@ def describe_machine(packages: Sequence[str]) -> dict[str, Any]:
         "load_average": os.getloadavg(),
         "git": environment["git"],
         "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
+        **versions,
     }
 
 
@@ -245,5 +262,5 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_results(path: Path, results: dict[str, Any], *, text: str) -> None:
     """Writes `path`.json and, for people, `path`.md."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path.with_suffix(".json"), json.dumps(results, indent=1).encode() + b"\n")
-    write_atomically(path.with_suffix(".md"), text.encode() + b"\n")
+    for suffix, content in ((".json", json.dumps(results, indent=1)), (".md", text)):
+        write_atomically(path.with_name(path.name + suffix), content.encode() + b"\n")

@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--variant", choices=("keras", "torchvision"), default="keras")
     options = parser.parse_args()
     job = read_job(parser, options, variant=options.variant)
+    machine = interleaved.describe_machine(PACKAGES)
     keep_freed_memory()  # as everybody does in the benchmarks of the whole step
     os.environ["JAX_PLATFORMS"] = "cpu"
     config, model = create_ours(job)
@@ -236,7 +237,7 @@ def main() -> None:
     results = {
         "job": {**vars(job), "size": job.size},
         "rounds": options.rounds,
-        "machine": interleaved.describe_machine(PACKAGES),
+        "machine": machine,
         "step": profile_step(job, config, model),
         "layers": layers,
     }

@@ -63,6 +63,7 @@ def main() -> None:
     add_size(parser, upsampling=2, batch_size=32)
     options = parser.parse_args()
     job = read_job(parser, options)
+    machine = interleaved.describe_machine(PACKAGES)
     load()  # missing images are told, or fetched, before anybody has set up
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     contenders = {
@@ -76,7 +77,7 @@ def main() -> None:
         title=f"The training loop beside its step: {job.size} px, batch {job.batch_size}",
         about=f"{written_by()}; {options.rounds} rounds of {STEPS} steps and one checkpoint.",
         job=vars(job),
-        machine=interleaved.describe_machine(PACKAGES),
+        machine=machine,
     )
 
 

@@ -279,13 +279,14 @@ def format_results(results: dict[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark and writes its results."""
     options = make_parser(__doc__, rounds=9).parse_args()
+    machine = interleaved.describe_machine(PACKAGES)
     sources.load()  # missing images are told, or fetched, before anybody has set up
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
     reports = interleaved.run(CONTENDERS, rounds=options.rounds)
     results = {
-        "machine": interleaved.describe_machine(PACKAGES),
+        "machine": machine,
         "summary": interleaved.summarize(reports, base="ours"),
         "reports": reports,
     }

@@ -50,13 +50,14 @@ def offered(job: Job) -> list[str]:
 
 def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
     """Lets our package and the named contenders take turns, the machine's own rate among them."""
+    machine = interleaved.describe_machine(PACKAGES)
     workers = {name: functools.partial(CONTENDERS[name], job) for name in ("ours", *names)}
     reports = interleaved.run({**workers, MACHINE: limit.machine}, rounds=rounds)
     rates = reports.pop(MACHINE)
     return {
         "job": {**vars(job), "size": job.size, "images_a_turn": job.images_a_turn},
         "gflop_per_image": job.flop / 1e9,
-        "machine": interleaved.describe_machine(PACKAGES),
+        "machine": machine,
         "limit": summarize_rates(rates) | {"rates": [each["gflops"] for each in rates]},
         "summary": summarize(job, reports, rates),
         "reports": reports,
@@ -90,6 +91,10 @@ def summarize(
             "image_ms": [float(1e3 * f(seconds)) for f in (np.median, np.min, np.max)],
             "gflops": float(np.median(gflops)),
             "share": float(np.median(gflops / limits)),
+            "shares": {
+                probe: float(np.median(gflops / [each["gflops"][probe] for each in rates]))
+                for probe in rates[0]["gflops"]
+            },
         }
     return summary
 
@@ -116,7 +121,10 @@ def format_results(results: dict[str, Any]) -> str:
                 "" if loss is None else f"{loss:.3f}",
             ]
         )
-    rates = "; ".join(f"{name} {rate:.0f}" for name, rate in limits["all"].items())
+    shares = results["summary"]["ours"]["shares"]
+    rates = "; ".join(
+        f"{name} {rate:.0f} (ours {shares[name]:.0%})" for name, rate in limits["all"].items()
+    )
     return "\n".join(
         [
             f"# {TITLES[job['work']]}: {job['size']} px, batch {job['batch_size']}",

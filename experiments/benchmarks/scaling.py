@@ -135,6 +135,9 @@ def main() -> None:
     parser.add_argument("--only", choices=(*VALUES, "memory"), help="one kind, printed alone")
     options = parser.parse_args()
     only = options.only
+    if only and options.results:
+        parser.error("--only prints its kind and writes nothing; leave out --results")
+    machine = interleaved.describe_machine(PACKAGES)
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = {
         "rounds": options.rounds,
@@ -142,7 +145,7 @@ def main() -> None:
             kind: measure(kind, rounds=options.rounds) for kind in VALUES if only in (None, kind)
         },
         "memory": measure_memory() if only in (None, "memory") else [],
-        "machine": interleaved.describe_machine(PACKAGES),
+        "machine": machine,
     }
     if only:
         print(format_results(results))

@@ -144,6 +144,7 @@ def _range(measurement: dict) -> tuple[float, float]:
 def main() -> None:
     """Runs the measurements and writes their results."""
     options = make_parser(__doc__, rounds=5).parse_args()
+    machine = interleaved.describe_machine(PACKAGES)
     sources.load()  # missing images are told, or fetched, before anything is timed
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = {}
@@ -152,7 +153,7 @@ def main() -> None:
             values = [measure() for _ in range(options.rounds + 1)][1:]
             results[what] = {"target": target, "unit": unit, "values": values}
             print(what, [round(value, 2) for value in values], unit)
-    results = {"machine": interleaved.describe_machine(PACKAGES), "measurements": results}
+    results = {"machine": machine, "measurements": results}
     interleaved.write_results(options.results or RESULTS, results, text=format_results(results))
 
 

@@ -64,6 +64,7 @@ def format_results(results: dict[str, Any]) -> str:
 def main() -> None:
     """Measures and writes."""
     options = make_parser(__doc__).parse_args()
+    machine = describe_machine(("tensorflow-cpu", "numpy"))
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # before TensorFlow counts its threads
     images = np.random.default_rng(0).integers(0, 256, (IMAGES, 32, 32, 3), np.uint8)
     split = Split("train", images, np.zeros(IMAGES, np.int32), np.arange(IMAGES))
@@ -82,7 +83,6 @@ def main() -> None:
         }
         for (batch_size, steps), taken in rates.items()
     ]
-    machine = describe_machine(("tensorflow-cpu", "numpy"))
     results = {"machine": machine, "rounds": options.rounds, "calls": calls}
     write_results(options.results or RESULTS, results, text=format_results(results))
 
