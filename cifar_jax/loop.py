@@ -261,7 +261,7 @@ class Loop:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        for batch in batches:
+        for batch in self.recorder.counted(batches, name=split.name, total=len(split)):
             if self.stop.received is not None:
                 return None
             metrics = self.execution.evaluate(self.state, batch)

@@ -18,6 +18,7 @@ from PIL import Image
 from cifar_jax.errors import RunError
 from cifar_jax.recording import figures
 from cifar_jax.recording.progress import Counter, Progress
+from cifar_jax.recording.recorder import open_recorder
 
 # Progress
 
@@ -64,6 +65,21 @@ def test_piped_lines_of_what_has_no_steps(clock):
     assert stream.getvalue().splitlines() == [
         "features: 600/1,000 images, 8.0 img/s, ETA 00:50",
         "features: 1,000/1,000 images, 9.2 img/s, ETA 00:00",
+    ]
+
+
+def test_an_evaluation_that_takes_long_is_shown(clock, tmp_path, capsys):
+    batches = [{"mask": np.arange(100) < count} for count in (100, 100, 100, 50)]
+    with open_recorder(tmp_path, title="", start_rows=0, **RUN) as recorder:
+        for seconds in (0.1, 20.0):
+            passed = []
+            for batch in recorder.counted(iter(batches), name="test", total=350):
+                passed.append(batch)
+                clock[0] += seconds
+            assert passed == batches
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluation on the test split: 200/350 images, 5.0 img/s, ETA 00:30",
+        "evaluation on the test split: 350/350 images, 4.2 img/s, ETA 00:00",
     ]
 
 

@@ -20,13 +20,22 @@ class Counter:
     In a file or pipe what is done before the first line is due leaves none.
     """
 
-    def __init__(self, label: str, *, total: int, start: int, stream: TextIO | None = None):
+    def __init__(
+        self,
+        label: str,
+        *,
+        total: int,
+        start: int,
+        nested: bool = False,
+        stream: TextIO | None = None,
+    ):
         """Starts at `start`.
 
         Args:
             label: what is done.
             total: all images.
             start: those that were done before.
+            nested: below the bar of the training, where it takes more than a second, and gone then.
             stream: where to write; standard error where not given.
         """
         self._label, self._total, self._done = label, total, start
@@ -40,6 +49,8 @@ class Counter:
                 total=total,
                 initial=start,
                 unit=" images",
+                leave=not nested,
+                delay=1.0 if nested else 0.0,
                 file=self._stream,
                 dynamic_ncols=True,
             )

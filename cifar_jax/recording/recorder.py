@@ -2,16 +2,18 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from cifar_jax.recording.figures import draw_curves
 from cifar_jax.recording.metrics_log import MetricsLog
-from cifar_jax.recording.progress import Progress
+from cifar_jax.recording.progress import Counter, Progress
 
 CURVES = "curves.png"
+Batches = Iterator[Mapping[str, np.ndarray]]
 
 
 class Recorder:
@@ -41,11 +43,23 @@ class Recorder:
             )
             draw_curves(self.rows, self._workdir / CURVES, self._title)
 
+    def counted(self, batches: Batches, *, name: str, total: int) -> Batches:
+        """Passes on the batches of an evaluation, and shows how far it is if it takes long."""
+        label = f"evaluation on the {name} split"
+        with contextlib.closing(Counter(label, total=total, start=0, nested=True)) as counter:
+            for batch in batches:
+                yield batch
+                counter.update(int(batch["mask"].sum()))
+
 
 class SilentRecorder:
     """The recorder of the other hosts."""
 
     rows: list[dict[str, Any]] = []
+
+    def counted(self, batches: Batches, **_: Any) -> Batches:
+        """Shows nothing."""
+        return batches
 
     def update(self, *_: Any, **__: Any) -> None:
         """Shows nothing."""
