@@ -4,8 +4,10 @@ import collections
 import importlib
 import itertools
 import os
+import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from cifar_jax.errors import UserError
@@ -107,3 +109,10 @@ def test_a_missing_package_is_told_before_anything_is_timed(command, monkeypatch
 def test_a_dot_in_the_name_of_results_stays(tmp_path):
     interleaved.write_results(tmp_path / "a_v1.5", {"x": 1}, text="page")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a_v1.5.json", "a_v1.5.md"]
+
+
+def test_the_peak_is_this_processs_and_not_its_parents():
+    held = np.ones(400_000_000, np.uint8)
+    code = "from experiments.benchmarks.interleaved import peak_mb; print(peak_mb())"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert 10 < float(child.stdout) < 300 and interleaved.peak_mb() > held.nbytes / 1e6
