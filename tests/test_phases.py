@@ -133,6 +133,7 @@ def config(monkeypatch):
     return config
 
 
+@pytest.mark.slow
 def test_each_phase_trains_what_it_names_at_its_size(config, tmp_path):
     config.schedule.name, config.augment.crop_padding = "constant", 4
     train_and_evaluate(config, tmp_path / "whole")
@@ -152,6 +153,7 @@ def test_each_phase_trains_what_it_names_at_its_size(config, tmp_path):
     assert all(np.array_equal(small[name], first[name]) for name in start)
 
 
+@pytest.mark.slow
 def test_a_run_compiles_once_for_each_size(config, tmp_path, compiled_names):
     config.freeze.layers = ""
     train_and_evaluate(config, tmp_path)
