@@ -1,6 +1,5 @@
 """A trained model, as a workdir or a file holds it: what predictions and evaluations start from."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -24,7 +23,7 @@ from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.pretrained import port
 from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
-from cifar_jax.recording.progress import Counter
+from cifar_jax.recording.progress import counted
 from cifar_jax.state import (
     MODEL_PARTS,
     fill,
@@ -62,13 +61,11 @@ class Trained:
 def measure(trained: Trained, images: Split, *, batch_size: int) -> Totals:
     """Returns the sums over all images of a split, each counted once; shows how far it is."""
     totals = Totals()
-    counter = Counter(f"evaluation on the {images.name} split", total=len(images), start=0)
-    with contextlib.closing(counter):
-        for batch in eval_batches(images, batch_size=batch_size):
-            logits = trained.logits(batch["image"])
-            losses = cross_entropy(logits, batch["label"])
-            totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
-            counter.update(int(batch["mask"].sum()))
+    batches = eval_batches(images, batch_size=batch_size)
+    for batch in counted(batches, name=images.name, total=len(images)):
+        logits = trained.logits(batch["image"])
+        losses = cross_entropy(logits, batch["label"])
+        totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
     return totals
 
 

@@ -20,11 +20,12 @@ from cifar_jax.models.layers import matmul
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.parallel import JitExecution
-from cifar_jax.state import TrainState, create_state, named_leaves
+from cifar_jax.state import create_state, named_leaves
 from cifar_jax.train import train_and_evaluate
 from configs import mlp, resnet50
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.twins import TWINS
+from experiments.tpu import ahead
 from tests.references import weights
 
 BATCH, UPSAMPLING = 2, 2
@@ -67,36 +68,20 @@ def notebook_config():
 
 def compile_calls(config, *, steps: int, batch_size: int):
     """What a run compiles for calls of so many steps on one device, and its state."""
-    state = abstract_state(config)
-    batches = abstract_batches(steps, batch_size)
+    state = ahead.abstract_state(configuration.to_dict(config))
+    batches = ahead.abstract_batches(steps, batch_size)
     return one_device().compiled_train.lower(state, batches).compile(), state
 
 
 def compile_evaluation(config, *, batch_size: int):
     """What a run compiles to evaluate a batch on one device."""
-    batch = abstract_batches(batch_size) | {"mask": jax.ShapeDtypeStruct((batch_size,), bool)}
-    return one_device().compiled_eval.lower(abstract_state(config), batch).compile()
+    state = ahead.abstract_state(configuration.to_dict(config))
+    batch = ahead.abstract_batches(batch_size) | {"mask": jax.ShapeDtypeStruct((batch_size,), bool)}
+    return one_device().compiled_eval.lower(state, batch).compile()
 
 
 def one_device() -> JitExecution:
     return JitExecution(jax.devices()[:1])
-
-
-def abstract_state(config) -> TrainState:
-    config = configuration.to_dict(config)
-    optimizer = make_optimizer(
-        OptimizerConfig(**config["optimizer"]), optax.constant_schedule(2e-5)
-    )
-    return jax.eval_shape(
-        lambda: create_state(create_model(config["model"], seed=0), optimizer, seed=0)
-    )
-
-
-def abstract_batches(*sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        "image": jax.ShapeDtypeStruct((*sizes, 32, 32, 3), np.uint8),
-        "label": jax.ShapeDtypeStruct(sizes, np.int32),
-    }
 
 
 def count(program) -> Bounds:

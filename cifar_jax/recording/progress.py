@@ -1,17 +1,20 @@
 """How far training is: a bar on a terminal, a plain line now and then in a file or pipe."""
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TextIO
 
+import numpy as np
 from tqdm import tqdm
 
 from cifar_jax.errors import LastingStream
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_REMEMBERED = 60.0  # the speed shown is that of about so long
+Batches = Iterator[Mapping[str, np.ndarray]]
 
 
 class Counter:
@@ -82,6 +85,15 @@ class Counter:
         return (
             f", {speed:.1f} img/s, ETA {tqdm.format_interval((self._total - self._done) / speed)}"
         )
+
+
+def counted(batches: Batches, *, name: str, total: int, nested: bool = False) -> Batches:
+    """Passes on the masked batches of an evaluation, and shows how far it is if it takes long."""
+    counter = Counter(f"evaluation on the {name} split", total=total, start=0, nested=nested)
+    with contextlib.closing(counter):
+        for batch in batches:
+            yield batch
+            counter.update(int(batch["mask"].sum()))
 
 
 class Progress:

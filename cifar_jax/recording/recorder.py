@@ -2,18 +2,16 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
 from cifar_jax.recording.figures import draw_curves
 from cifar_jax.recording.metrics_log import MetricsLog
-from cifar_jax.recording.progress import Counter, Progress
+from cifar_jax.recording.progress import Batches, Progress, counted
 
 CURVES = "curves.png"
-Batches = Iterator[Mapping[str, np.ndarray]]
 
 
 class Recorder:
@@ -45,11 +43,7 @@ class Recorder:
 
     def counted(self, batches: Batches, *, name: str, total: int) -> Batches:
         """Passes on the batches of an evaluation, and shows how far it is if it takes long."""
-        label = f"evaluation on the {name} split"
-        with contextlib.closing(Counter(label, total=total, start=0, nested=True)) as counter:
-            for batch in batches:
-                yield batch
-                counter.update(int(batch["mask"].sum()))
+        return counted(batches, name=name, total=total, nested=True)
 
 
 class SilentRecorder:

@@ -82,19 +82,19 @@ def summarize(
     The share is paired by round, as the ratio is: the machine's rate drifts with all the others'.
     """
     fastest = summarize_rates(rates)["fastest"]
-    limits = np.array([each["gflops"][fastest] for each in rates])
     summary = interleaved.summarize(reports, base="ours")
     for name, row in summary.items():
         seconds = np.array([each["seconds"] for each in reports[name]]) / job.images_a_turn
         gflops = job.flop / seconds / 1e9
+        shares = {
+            probe: float(np.median(gflops / [each["gflops"][probe] for each in rates]))
+            for probe in rates[0]["gflops"]
+        }
         row |= {
             "image_ms": [float(1e3 * f(seconds)) for f in (np.median, np.min, np.max)],
             "gflops": float(np.median(gflops)),
-            "share": float(np.median(gflops / limits)),
-            "shares": {
-                probe: float(np.median(gflops / [each["gflops"][probe] for each in rates]))
-                for probe in rates[0]["gflops"]
-            },
+            "shares": shares,
+            "share": shares[fastest],
         }
     return summary
 

@@ -93,11 +93,11 @@ def abstract_state(config: Mapping[str, Any]) -> TrainState:
     return jax.eval_shape(lambda: create_state(model(), optimizer, seed=0))
 
 
-def abstract_batches(steps: int, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of one call's batches."""
+def abstract_batches(*sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of one call's batches, (steps, batch), or of one batch."""
     return {
-        "image": jax.ShapeDtypeStruct((steps, batch, 32, 32, 3), jnp.uint8),
-        "label": jax.ShapeDtypeStruct((steps, batch), jnp.int32),
+        "image": jax.ShapeDtypeStruct((*sizes, 32, 32, 3), jnp.uint8),
+        "label": jax.ShapeDtypeStruct(sizes, jnp.int32),
     }
 
 
