@@ -47,7 +47,7 @@ def create_ours(job: Job, *, plain: bool = False, compute_dtype: str = "float32"
     config = configuration.to_dict(config)
     model = create_model(config["model"], seed=0)
     if plain:
-        model.backbone = PlainBackbone(job.variant, rngs=nnx.Rngs(0))
+        model.backbone = PlainBackbone(job.variant, dtype=compute_dtype, rngs=nnx.Rngs(0))
     return config, model
 
 

@@ -97,7 +97,7 @@ def _torch_infer(model, images) -> None:
 
 
 def _torch_train(model, compiled: bool) -> Callable[..., float]:
-    update = torch_update(model, compiled=compiled)
+    update = torch_update(model, mode="default" if compiled else None)
 
     def train(images, labels) -> float:
         for x, y in zip(images, labels, strict=True):
@@ -107,12 +107,12 @@ def _torch_train(model, compiled: bool) -> Callable[..., float]:
     return train
 
 
-def torch_update(model, *, compiled: bool, autocast=None) -> Callable[..., Any]:
+def torch_update(model, *, mode: str | None, autocast=None) -> Callable[..., Any]:
     """Returns a function that makes one RMSprop update of `model` and returns the loss before.
 
     Args:
       model: of uint8 images [B, 32, 32, 3]; returns logits [B, 10].
-      compiled: by `torch.compile`, model and loss together.
+      mode: of `torch.compile` over model and loss together; None runs them eagerly.
       autocast: dtype of the forward pass's products; None leaves all as it is.
     """
     import torch
@@ -123,10 +123,12 @@ def torch_update(model, *, compiled: bool, autocast=None) -> Callable[..., Any]:
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             return torch.nn.functional.cross_entropy(model(x), y)
 
-    if compiled:
-        loss_of = torch.compile(loss_of)
+    if mode:
+        loss_of = torch.compile(loss_of, mode=mode)
 
     def update(x, y):
+        if mode:  # CUDA graphs may then use the memory of the step before
+            torch.compiler.cudagraph_mark_step_begin()
         loss = loss_of(x, y)
         optimizer.zero_grad()
         loss.backward()

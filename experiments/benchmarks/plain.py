@@ -21,11 +21,13 @@ class PlainBlock(nnx.Module):
         stride: int,
         projects: bool,
         variant: Variant,
+        dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        conv = functools.partial(nnx.Conv, use_bias=variant.conv_bias, rngs=rngs)
+        shared = dict(dtype=dtype, rngs=rngs)
+        conv = functools.partial(nnx.Conv, use_bias=variant.conv_bias, **shared)
         norm = functools.partial(
-            nnx.BatchNorm, momentum=variant.momentum, epsilon=variant.epsilon, rngs=rngs
+            nnx.BatchNorm, momentum=variant.momentum, epsilon=variant.epsilon, **shared
         )
         first, second = (1, stride) if variant.stride_in_3x3 else (stride, 1)
         self.conv1, self.norm1 = conv(features_in, width, (1, 1), strides=first), norm(width)
@@ -50,12 +52,13 @@ class PlainBackbone(nnx.Module):
 
     features_out = CHANNELS
 
-    def __init__(self, variant: str, *, rngs: nnx.Rngs):
+    def __init__(self, variant: str, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
         spec = VARIANTS[variant]
+        shared = dict(dtype=dtype, rngs=rngs)
         self.stem_conv = nnx.Conv(
-            3, 64, (7, 7), strides=2, padding=3, use_bias=spec.conv_bias, rngs=rngs
+            3, 64, (7, 7), strides=2, padding=3, use_bias=spec.conv_bias, **shared
         )
-        self.stem_norm = nnx.BatchNorm(64, momentum=spec.momentum, epsilon=spec.epsilon, rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(64, momentum=spec.momentum, epsilon=spec.epsilon, **shared)
         features = 64
         for i, (blocks, width) in enumerate(STAGES, start=1):
             for j in range(1, blocks + 1):
@@ -65,7 +68,7 @@ class PlainBackbone(nnx.Module):
                     stride=2 if j == 1 and i > 1 else 1,
                     projects=j == 1,
                     variant=spec,
-                    rngs=rngs,
+                    **shared,
                 )
                 setattr(self, f"stage{i}_block{j}", block)
                 features = 4 * width

@@ -33,12 +33,17 @@ def take_turns(
         report |= describe()
 
 
-def ours(job: Job, precision: str, device: str, steps: int, turns: Turns) -> None:
-    """The package's own update, `JitExecution.train`, one a call; images come from the host."""
+def ours(
+    job: Job, precision: str, device: str, steps: int, turns: Turns, *, plain: bool = False
+) -> None:
+    """The package's own update, `JitExecution.train`, one a call; images come from the host.
+
+    `plain` has it on a backbone of Flax's own layers.
+    """
     import jax
 
     compute_dtype = "bfloat16" if precision == "bfloat16" else "float32"
-    config, model = create_ours(job, compute_dtype=compute_dtype)
+    config, model = create_ours(job, plain=plain, compute_dtype=compute_dtype)
     images, labels = load_batches(job, steps)
     stacks = [{"image": x[None], "label": y[None]} for x, y in zip(images, labels, strict=True)]
     with jax.default_matmul_precision("highest" if precision == "float32" else "default"):
@@ -55,9 +60,12 @@ def _describe_jax() -> Report:
 
 
 def pytorch(
-    job: Job, precision: str, device: str, steps: int, turns: Turns, *, compiled: bool
+    job: Job, precision: str, device: str, steps: int, turns: Turns, *, mode: str | None = None
 ) -> None:
-    """PyTorch, channels last; bfloat16 by autocast. Images come from pinned memory of the host."""
+    """PyTorch, channels last; bfloat16 by autocast. Images come from pinned memory of the host.
+
+    `mode` is that of `torch.compile`; None runs it eagerly.
+    """
     import torch
 
     torch.manual_seed(0)
@@ -67,7 +75,7 @@ def pytorch(
     pin = torch.Tensor.pin_memory if device == "cuda" else torch.Tensor.contiguous
     images, labels = (pin(torch.from_numpy(array)) for array in load_batches(job, steps))
     update = peers.torch_update(
-        model, compiled=compiled, autocast=torch.bfloat16 if precision == "bfloat16" else None
+        model, mode=mode, autocast=torch.bfloat16 if precision == "bfloat16" else None
     )
 
     def work() -> float:

@@ -23,8 +23,10 @@ RESULTS = Path(__file__).parent / "results" / "throughput"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "numpy")
 CONTENDERS = {
     "ours": contenders.ours,
-    "pytorch": functools.partial(contenders.pytorch, compiled=False),
-    "pytorch-compiled": functools.partial(contenders.pytorch, compiled=True),
+    "plain-jax": functools.partial(contenders.ours, plain=True),
+    "pytorch": contenders.pytorch,
+    "pytorch-compiled": functools.partial(contenders.pytorch, mode="default"),
+    "pytorch-cuda-graphs": functools.partial(contenders.pytorch, mode="reduce-overhead"),
 }
 PRECISIONS = ("float32", "tf32", "bfloat16")
 BATCH_SIZES = (32, 64, 128, 256, 512, 1024)
