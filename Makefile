@@ -11,7 +11,7 @@ FLAGS :=
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help train transfer test test-slow test-tpu lint clean
+.PHONY: help train transfer test test-slow test-tpu test-gpu lint clean
 
 help:
 	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
@@ -20,6 +20,7 @@ help:
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long ones"
 	@echo "make test-tpu   those that need TPU's compiler and no TPU: brings it into $(VENV), 0.7 GB"
+	@echo "make test-gpu   the same for GPUs, 0.5 GB"
 	@echo "make lint       ruff"
 	@echo "make clean      remove the virtual environment and caches (not runs/)"
 
@@ -59,7 +60,14 @@ test-slow: $(VENV)/installed-dev
 
 test-tpu: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet -r requirements-tpu.txt
-	JAX_PLATFORMS=cpu $(PYTEST) -m slow tests/test_accelerators.py -k compiler
+	JAX_PLATFORMS=cpu $(PYTEST) -m slow tests/test_accelerators.py -k compiler_of_tpus
+
+$(VENV)/cuda: requirements-gpu.txt | $(VENV)/installed-dev
+	$(BIN)/pip install --quiet --upgrade --target $@ -r requirements-gpu.txt
+	touch $@
+
+test-gpu: $(VENV)/installed-dev $(VENV)/cuda
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/cuda $(PYTEST) -m slow tests/test_accelerators.py -k compiler_of_gpus
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

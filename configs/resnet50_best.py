@@ -2,8 +2,9 @@
 
     python -m cifar_jax.main --config=configs/resnet50_best.py --workdir=runs/resnet50_best
 
-NOT RUN: no accelerator was at hand. Expected, not measured: above 0.975 on the official test images
-from torchvision's published weights. Where each choice comes from stands beside it.
+NOT RUN, only compiled for one and for eight H100s (experiments/gpu/). Expected, not measured: above
+0.975 on the official test images from torchvision's published weights. Where each choice comes from
+stands beside it.
 """
 
 import ml_collections

@@ -15,8 +15,9 @@ from cifar_jax.models import resnet50
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.parallel import JitExecution, scan_train_steps
 from cifar_jax.state import TrainState, create_state, to_arrays
-from experiments.tpu import ahead
-from experiments.tpu.ahead import MEMORY, Case
+from experiments import ahead
+from experiments.ahead import MEMORY, Case
+from experiments.gpu.ahead import BEST, case, compile_apart
 from tests.references import weights
 
 # --- Exported ------------------------------------------------------------------------------------
@@ -79,6 +80,35 @@ def test_the_compiler_of_tpus_takes_the_step(case, reduced):
     assert largest > 0.98 * sum(each["bytes"] for each in reduces)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     assert 0.99 * parameters < largest / (4 if case.execution == "pmap" else 2) < 1.01 * parameters
+
+
+# --- GPU's compiler ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("case", "reduced"),
+    [
+        (case("mlp", "float32", 32), 0),
+        (case("resnet50", "tf32", 32), 0),
+        # XLA aborts where it fuses the ReLU and the stride of the shortcut into its product.
+        (case("resnet50", "bfloat16", 32, variant="torchvision"), 0),
+        # Neither may it be given `jax.image.resize`. With all augmentations, and averages.
+        (case("resnet50_best", "bfloat16", 32, **BEST), 0),
+        (case("mlp", "float32", 32, gpus=8, execution="pmap"), 4),
+    ],
+    ids=lambda case: f"{case.model}-{case.variant}-{case.dtype}" if isinstance(case, Case) else "",
+)
+def test_the_compiler_of_gpus_takes_the_step(case, reduced):
+    why = "GPU's compiler: make test-gpu brings it"
+    pytest.importorskip("jax_plugins.xla_cuda12", reason=why)
+    program = compile_apart(case)
+    assert "refused" not in program, program
+    state = ahead.abstract_state(ahead.run_config(case))
+    assert program["aliased_leaves"] == len(jax.tree.leaves(state))
+    assert program["aliased"] >= ahead.nbytes(state)
+    assert ahead.total_memory(program) < MEMORY[case.chip]
+    assert [each["name"] for each in program["collectives"]] == ["all-reduce"] * reduced
 
 
 def test_collectives_are_read_from_a_program():

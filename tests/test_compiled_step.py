@@ -23,9 +23,9 @@ from cifar_jax.parallel import JitExecution
 from cifar_jax.state import create_state, named_leaves
 from cifar_jax.train import train_and_evaluate
 from configs import mlp, resnet50
+from experiments import ahead
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.twins import TWINS
-from experiments.tpu import ahead
 from tests.references import weights
 
 BATCH, UPSAMPLING = 2, 2

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import convolve, pointwise
@@ -117,6 +118,10 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None) -> jax.Array:
         strided = x[:, :: self.stride, :: self.stride]
+        if self.stride_in_3x3:
+            # XLA for GPUs (jaxlib 0.10.2 and 0.11.2) aborts where it fuses the ReLU before, which
+            # the rest of the block reads too, through this slice into the shortcut's product.
+            strided = lax.optimization_barrier(strided)
         y = self.conv1(x if self.stride_in_3x3 else strided)
         y = nnx.relu(self.norm1(y, mode, axis_name=axis_name))
         y = nnx.relu(self.norm2(self.conv2(y), mode, axis_name=axis_name))

@@ -9,7 +9,7 @@ from flax import nnx
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
 from cifar_jax.models.resnet50 import PARTS, ResNet50
-from cifar_jax.models.stem import repeat_pixels
+from cifar_jax.models.stem import interpolate_pixels, repeat_pixels
 
 UPSAMPLINGS = range(1, 9)
 INTERPOLATIONS = ("nearest", "bilinear")
@@ -224,9 +224,7 @@ class TransferClassifier(nnx.Module):
         if self.interpolation == "nearest" and repeats % 2:
             x, repeats = repeat_pixels(x, repeats), 1
         elif self.interpolation == "bilinear":
-            batch, height, width, channels = x.shape
-            shape = (batch, repeats * height, repeats * width, channels)
-            x, repeats = jax.image.resize(x, shape, "bilinear"), 1
+            x, repeats = interpolate_pixels(x, repeats), 1
         outputs = self.backbone.features(
             x, train=train, axis_name=axis_name, repeats=repeats, until=part
         )

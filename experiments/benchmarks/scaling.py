@@ -94,9 +94,8 @@ def measure(kind: str, *, rounds: int) -> list[dict[str, Any]]:
 
 
 def measure_memory() -> list[Report]:
-    """Runs 2,000 steps of 32 px, a turn of 100 after the other."""
-    setting = {**USUAL, "size": 32, "batch": 8}
-    worker = {"memory": functools.partial(keeping_memory, many_steps, setting)}
+    """Runs 2,000 steps, a turn of 100 after the other."""
+    worker = {"memory": functools.partial(keeping_memory, many_steps, USUAL)}
     return interleaved.run(worker, rounds=MEMORY_TURNS)["memory"]
 
 
@@ -123,8 +122,8 @@ def format_results(results: dict[str, Any]) -> str:
     if memory := results["memory"]:
         held = ", ".join(f"{report['resident_mb']:.0f}" for report in memory)
         pages.append(
-            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps of 32 px and 8 images, "
-            f"after every {MEMORY_STEPS}: {held}."
+            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps, {USUAL['size']} px and "
+            f"{USUAL['batch']} images, after every {MEMORY_STEPS}: {held}."
         )
     return "\n\n".join([*pages, interleaved.format_machine(results["machine"])])
 

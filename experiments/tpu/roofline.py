@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import exit_on_user_error
+from experiments.ahead import Case
 from experiments.benchmarks.interleaved import markdown_table, write_results
-from experiments.tpu.ahead import Case
 
 FOLDER = Path(__file__).parent / "results"
 EPOCH = 36_000  # images

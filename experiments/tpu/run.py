@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
+from experiments.ahead import MEMORY, Case, lower, measure, total_memory
 from experiments.benchmarks.interleaved import markdown_table, write_results
-from experiments.tpu.ahead import MEMORY, Case, lower, measure, total_memory
 
 RESULTS = Path(__file__).parent / "results" / "programs"
 TOPOLOGIES = ("v5e:2x4", "v5e:16x16", "v6e:4x4")

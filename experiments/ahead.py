@@ -1,7 +1,8 @@
-"""The whole training step, compiled ahead of time for TPUs that are not there.
+"""The whole training step, compiled ahead of time for accelerators that are not there.
 
-libtpu brings the compiler of real TPUs. It needs a topology and no chip, and tells what a step
-takes there and how its devices speak; it cannot tell how long it runs.
+libtpu brings the compiler of real TPUs, JAX's CUDA plug-in that of GPUs. They need a description of
+the device and no device, and tell what a step takes there and how devices speak; they cannot tell
+how long it runs.
 """
 
 import dataclasses
@@ -21,13 +22,34 @@ from cifar_jax import config as configuration
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 from cifar_jax.parallel import JitExecution, create_execution
+from cifar_jax.recipe import Recipe
 from cifar_jax.state import TrainState, create_state
-from configs import mlp, resnet50
+from configs import mlp, resnet50, resnet50_best
 
-CONFIGS = {"mlp": mlp.get_config, "resnet50": resnet50.get_config}
+CONFIGS = {
+    "mlp": mlp.get_config,
+    "resnet50": resnet50.get_config,
+    "resnet50_best": resnet50_best.get_config,
+}
 TRAIN_IMAGES = 36_000  # of the notebook's protocol
 GIB = 2**30
-MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB}  # of a chip: cloud.google.com/tpu/docs/v5e, /v6e
+# Of a chip: cloud.google.com/tpu/docs/v5e, /v6e; of an H100 as its driver tells it.
+MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB, "h100": 84_978_434_048}
+# An H100 SXM as XLA describes devices: NVIDIA's data sheet, and what the architecture (9.0) limits.
+H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  threads_per_warp: 32
+  threads_per_block_limit: 1024  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  device_memory_size: 84978434048  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+}
+"""
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
@@ -38,10 +60,13 @@ class Case:
 
     model: str  # of `CONFIGS`
     execution: str  # "jit" or "pmap"
-    topology: str  # "v5e:2x4"
+    topology: str  # "v5e:2x4", or "h100:1"
     batch: int  # images of a step on one chip
     dtype: str = "bfloat16"
     upsampling: int = 8
+    interpolation: str = "nearest"
+    variant: str = "keras"
+    matmul_precision: str = "highest"
 
     @property
     def chip(self) -> str:
@@ -58,8 +83,10 @@ def topology_devices(name: str) -> list[jax.Device]:
     """Returns a topology's devices, which can be compiled for and hold nothing.
 
     Raises:
-      ModuleNotFoundError: without libtpu (requirements-tpu.txt).
+      ModuleNotFoundError: without libtpu (requirements-tpu.txt) or CUDA's plug-in.
     """
+    if name.startswith("h100"):
+        return _gpu_devices(name)
     import libtpu  # noqa: F401  # here: an optional need, and JAX's own message hides its absence
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks the network where it runs
@@ -67,12 +94,22 @@ def topology_devices(name: str) -> list[jax.Device]:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 
 
+def _gpu_devices(name: str) -> list[jax.Device]:
+    import jax_plugins.xla_cuda12  # noqa: F401  # as above
+
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # it would look for a driver
+    count = name.partition(":")[2]
+    options = dict(target_config=H100, topology=f"1x1x{count}")
+    return list(topologies.get_topology_desc(platform="cuda", **options).devices)
+
+
 def run_config(case: Case) -> dict[str, Any]:
     """Returns the configuration of a case: the notebook's, but for precision and batch."""
     config = CONFIGS[case.model]()
     config.batch_size = case.batch * case.chips
     config.model.compute_dtype = case.dtype
-    config.model.upsampling = case.upsampling
+    config.model.upsampling, config.model.interpolation = case.upsampling, case.interpolation
+    config.model.variant, config.matmul_precision = case.variant, case.matmul_precision
     # No call crosses an epoch, so a large batch shortens it.
     config.steps_per_call = min(config.steps_per_call, max(TRAIN_IMAGES // config.batch_size, 1))
     configuration.check(config)
@@ -90,7 +127,8 @@ def abstract_state(config: Mapping[str, Any]) -> TrainState:
     )
     optimizer = make_optimizer(OptimizerConfig(**config["optimizer"]), schedule)
     model = functools.partial(create_model, config["model"], seed=0)
-    return jax.eval_shape(lambda: create_state(model(), optimizer, seed=0))
+    recipe = Recipe.of(config)
+    return jax.eval_shape(lambda: create_state(model(), optimizer, seed=0, recipe=recipe))
 
 
 def abstract_batches(*sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -139,7 +177,8 @@ def measure(case: Case, lowered: jax.stages.Lowered) -> dict[str, Any]:
             raise
         return {"refused": str(error).splitlines()[0]}
     seconds = time.perf_counter() - start
-    memory, cost, config = compiled.memory_analysis(), compiled.cost_analysis(), run_config(case)
+    memory, config = compiled.memory_analysis(), run_config(case)
+    cost = compiled.cost_analysis() or {}  # that of GPUs tells none
     text = compiled.as_text()
     state = abstract_state(config)
     logical = nbytes(state) + nbytes(abstract_batches(config["steps_per_call"], case.batch))
@@ -153,8 +192,8 @@ def measure(case: Case, lowered: jax.stages.Lowered) -> dict[str, Any]:
         "code": memory.generated_code_size_in_bytes,
         "state_leaves": len(jax.tree.leaves(state)),
         "aliased_leaves": count_aliases(text),
-        "flop": cost["flops"],
-        "bytes_accessed": cost["bytes accessed"],
+        "flop": cost.get("flops"),
+        "bytes_accessed": cost.get("bytes accessed"),
         "collectives": collectives(text),
         "compile_seconds": round(seconds),
     }
