@@ -62,11 +62,12 @@ test-tpu: $(VENV)/installed-dev
 	$(BIN)/pip install --quiet -r requirements-tpu.txt
 	JAX_PLATFORMS=cpu $(PYTEST) -m slow tests/test_accelerators.py -k compiler_of_tpus
 
-$(VENV)/cuda: requirements-gpu.txt | $(VENV)/installed-dev
-	$(BIN)/pip install --quiet --upgrade --target $@ -r requirements-gpu.txt
+$(VENV)/installed-cuda: requirements-gpu-compiler.txt | $(VENV)/installed-dev
+	rm -rf $(VENV)/cuda
+	$(BIN)/pip install --quiet --target $(VENV)/cuda -r requirements-gpu-compiler.txt
 	touch $@
 
-test-gpu: $(VENV)/installed-dev $(VENV)/cuda
+test-gpu: $(VENV)/installed-cuda
 	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/cuda $(PYTEST) -m slow tests/test_accelerators.py -k compiler_of_gpus
 
 lint: $(VENV)/installed-dev

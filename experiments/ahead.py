@@ -32,23 +32,24 @@ CONFIGS = {
     "resnet50_best": resnet50_best.get_config,
 }
 TRAIN_IMAGES = 36_000  # of the notebook's protocol
+LABELLED_IMAGES = 50_000  # the splits are rows of them
 GIB = 2**30
-# Of a chip: cloud.google.com/tpu/docs/v5e, /v6e; of an H100 as its driver tells it.
-MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB, "h100": 84_978_434_048}
+# Of a chip: cloud.google.com/tpu/docs/v5e, /v6e; of an H100 what programs find (PyTorch's report).
+MEMORY = {"v5e": 16 * GIB, "v6e": 32 * GIB, "h100": int(79.18 * GIB)}
 # An H100 SXM as XLA describes devices: NVIDIA's data sheet, and what the architecture (9.0) limits.
-H100 = """
+H100 = f"""
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
-dnn_version_info { major: 9 minor: 10 }
-gpu_device_info {
-  cuda_compute_capability { major: 9 }
+dnn_version_info {{ major: 9 minor: 10 }}
+gpu_device_info {{
+  cuda_compute_capability {{ major: 9 }}
   core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98  threads_per_warp: 32
   threads_per_block_limit: 1024  threads_per_core_limit: 2048
   shared_memory_per_block: 49152  shared_memory_per_block_optin: 232448
   shared_memory_per_core: 233472  registers_per_core_limit: 65536  registers_per_block_limit: 65536
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  device_memory_size: 84978434048  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
-}
+  device_memory_size: {MEMORY["h100"]}  memory_bandwidth: 3352320000000  l2_cache_size: 52428800
+}}
 """
 COLLECTIVES = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
@@ -56,17 +57,16 @@ DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32"
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One program: what is trained, how, and where."""
+    """One program: what is trained, how, and where; None is what the configuration says."""
 
     model: str  # of `CONFIGS`
     execution: str  # "jit" or "pmap"
     topology: str  # "v5e:2x4", or "h100:1"
     batch: int  # images of a step on one chip
     dtype: str = "bfloat16"
-    upsampling: int = 8
-    interpolation: str = "nearest"
-    variant: str = "keras"
-    matmul_precision: str = "highest"
+    upsampling: int | None = None
+    variant: str | None = None
+    matmul_precision: str | None = None
 
     @property
     def chip(self) -> str:
@@ -104,12 +104,17 @@ def _gpu_devices(name: str) -> list[jax.Device]:
 
 
 def run_config(case: Case) -> dict[str, Any]:
-    """Returns the configuration of a case: the notebook's, but for precision and batch."""
+    """Returns the configuration of a case: its model's, with what the case names changed."""
     config = CONFIGS[case.model]()
     config.batch_size = case.batch * case.chips
     config.model.compute_dtype = case.dtype
-    config.model.upsampling, config.model.interpolation = case.upsampling, case.interpolation
-    config.model.variant, config.matmul_precision = case.variant, case.matmul_precision
+    for part, name in (
+        (config.model, "upsampling"),
+        (config.model, "variant"),
+        (config, "matmul_precision"),
+    ):
+        if getattr(case, name) is not None:
+            part[name] = getattr(case, name)
     # No call crosses an epoch, so a large batch shortens it.
     config.steps_per_call = min(config.steps_per_call, max(TRAIN_IMAGES // config.batch_size, 1))
     configuration.check(config)
@@ -139,22 +144,32 @@ def abstract_batches(*sizes: int) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
+def abstract_inputs(
+    config: Mapping[str, Any], batch: int
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct] | None]:
+    """Returns the shapes of one call's batches, and of the set that lies on the device, or None."""
+    sizes = (config["steps_per_call"], batch)
+    if not config["data"]["on_device"]:
+        return abstract_batches(*sizes), None
+    return {"row": jax.ShapeDtypeStruct(sizes, jnp.int32)}, abstract_batches(LABELLED_IMAGES)
+
+
 def lower(case: Case) -> jax.stages.Lowered:
     """Lowers one training call as `cifar_jax.parallel` compiles it for attached devices."""
     config, devices = run_config(case), topology_devices(case.topology)
     execution = create_execution(case.execution, devices)
-    state, steps = abstract_state(config), config["steps_per_call"]
+    state = abstract_state(config)
     if isinstance(execution, JitExecution):
+        batches, dataset = abstract_inputs(config, case.batch * case.chips)
         state = with_sharding(state, execution.replicated)
-        batches = with_sharding(
-            abstract_batches(steps, case.batch * case.chips), execution.stack_sharding
-        )
+        batches = with_sharding(batches, execution.stack_sharding)
     else:
+        batches, dataset = abstract_inputs(config, case.batch)
         state = with_sharding(state, execution.replica_sharding, len(devices))
-        batches = abstract_batches(steps, case.batch)
         batches = with_sharding(batches, execution.replica_sharding, len(devices))
+    dataset = with_sharding(dataset, execution.replicated)
     with jax.default_matmul_precision(config["matmul_precision"]):
-        return execution.compiled_train.lower(state, batches, None)
+        return execution.compiled_train.lower(state, batches, dataset)
 
 
 def with_sharding(tree: Any, sharding: jax.sharding.Sharding, *leading: int) -> Any:
@@ -167,6 +182,7 @@ def with_sharding(tree: Any, sharding: jax.sharding.Sharding, *leading: int) -> 
 def measure(case: Case, lowered: jax.stages.Lowered) -> dict[str, Any]:
     """Compiles a case and returns what its program takes on each chip, in bytes and FLOP.
 
+    FLOP and bytes accessed are None for GPUs.
     A program that the compiler refuses for its memory gives {"refused": its first line}.
     """
     start = time.perf_counter()
@@ -181,7 +197,7 @@ def measure(case: Case, lowered: jax.stages.Lowered) -> dict[str, Any]:
     cost = compiled.cost_analysis() or {}  # that of GPUs tells none
     text = compiled.as_text()
     state = abstract_state(config)
-    logical = nbytes(state) + nbytes(abstract_batches(config["steps_per_call"], case.batch))
+    logical = nbytes(state) + nbytes(abstract_inputs(config, case.batch))
     return {
         "steps_per_call": config["steps_per_call"],
         "arguments": memory.argument_size_in_bytes,

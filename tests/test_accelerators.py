@@ -1,4 +1,4 @@
-"""TPUs and GPUs without having one: exported programs, TPU's own compiler, bfloat16.
+"""TPUs and GPUs without having one: exported programs, their own compilers, bfloat16.
 
 None of this runs on such a device. It shows that the whole step is accepted for one, what the
 compiled program holds and sends, and what computing in bfloat16 changes.
@@ -17,7 +17,7 @@ from cifar_jax.parallel import JitExecution, scan_train_steps
 from cifar_jax.state import TrainState, create_state, to_arrays
 from experiments import ahead
 from experiments.ahead import MEMORY, Case
-from experiments.gpu.ahead import BEST, case, compile_apart
+from experiments.gpu.run import compile_apart, format_row, h100_case
 from tests.references import weights
 
 # --- Exported ------------------------------------------------------------------------------------
@@ -89,15 +89,19 @@ def test_the_compiler_of_tpus_takes_the_step(case, reduced):
 @pytest.mark.parametrize(
     ("case", "reduced"),
     [
-        (case("mlp", "float32", 32), 0),
-        (case("resnet50", "tf32", 32), 0),
+        (h100_case("mlp", "float32", 32), 0),
+        (h100_case("mlp", "float32", 32, gpus=8, execution="pmap"), 3),
+        (h100_case("resnet50", "tf32", 32), 0),
         # XLA aborts where it fuses the ReLU and the stride of the shortcut into its product.
-        (case("resnet50", "bfloat16", 32, variant="torchvision"), 0),
-        # Neither may it be given `jax.image.resize`. With all augmentations, and averages.
-        (case("resnet50_best", "bfloat16", 32, **BEST), 0),
-        (case("mlp", "float32", 32, gpus=8, execution="pmap"), 3),
+        (h100_case("resnet50", "bfloat16", 32, variant="torchvision"), 0),
+        # It refuses `jax.image.resize`. With all augmentations, averages, images on the device.
+        (h100_case("resnet50_best", "bfloat16", 32), 0),
     ],
-    ids=lambda case: f"{case.model}-{case.variant}-{case.dtype}" if isinstance(case, Case) else "",
+    ids=lambda case: (
+        f"{case.model}-{case.execution}-{case.dtype}-{case.variant}"
+        if isinstance(case, Case)
+        else ""
+    ),
 )
 def test_the_compiler_of_gpus_takes_the_step(case, reduced):
     why = "GPU's compiler: make test-gpu brings it"
@@ -109,6 +113,22 @@ def test_the_compiler_of_gpus_takes_the_step(case, reduced):
     assert program["aliased"] >= ahead.nbytes(state)
     assert ahead.total_memory(program) < MEMORY[case.chip]
     assert [each["name"] for each in program["collectives"]] == ["all-reduce"] * reduced
+
+
+def test_a_row_of_gpus_counts_all_reduces():
+    reduces = [
+        {"name": "all-reduce", "dtypes": ["f32"], "arrays": 1, "bytes": 3_000_000},
+        {"name": "all-reduce", "dtypes": ["bf16"], "arrays": 2, "bytes": 1_000_000},
+        {"name": "collective-permute", "dtypes": ["f32"], "arrays": 1, "bytes": 9_000_000},
+    ]
+    program = dict(arguments=4e9, outputs=3e9, aliased=3e9, temporaries=2e9, code=0)
+    program |= dict(aliased_leaves=2, state_leaves=3, collectives=reduces)
+    row = format_row(h100_case("resnet50", "tf32", 32, gpus=8), program)
+    assert row[:7] == ["resnet50", "keras", "256", "jit", "8", "tf32", "32"]
+    assert row[7:] == ["4.00", "2.00", "6.00", "7.1%", "2 of 3", "2", "4.00", "3.00 MB, f32"]
+    died = format_row(h100_case("mlp", "float32", 32), {"refused": "why"})
+    assert died[1:3] == ["", "32"]
+    assert died[7:] == ["why"] + [""] * 7
 
 
 def test_collectives_are_read_from_a_program():

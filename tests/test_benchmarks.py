@@ -236,7 +236,7 @@ def test_the_gpu_benchmark_runs_where_there_is_none(tmp_path, monkeypatch):
     for name in ("JAX_PLATFORMS", "XLA_PYTHON_CLIENT_PREALLOCATE"):  # which it sets for its workers
         monkeypatch.setenv(name, os.environ.get(name, ""))
     path = tmp_path / "throughput"
-    options = "--batch-sizes 2 --upsampling 1 --steps 1 --rounds 1 --contenders pytorch"
+    options = "--batch-sizes 2 --upsampling 1 --steps 1 --rounds 1 --contenders ours pytorch"
     throughput.main([*options.split(), "--device=cpu", f"--results={path}"])
     cases = json.loads(path.with_suffix(".json").read_text())["cases"]
     assert [case["precision"] for case in cases] == list(throughput.PRECISIONS)

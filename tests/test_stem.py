@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax import lax
 
-from cifar_jax.models.stem import conv_of_repeated, repeat_pixels
+from cifar_jax.models.stem import conv_of_repeated, interpolate_pixels, repeat_pixels
 from tests.references import weights
 
 EXACT = 1e-12  # float64 rounding, as a share of the largest value
@@ -84,3 +84,19 @@ def test_folded_stem_of_the_real_size(factor):
     assert weights.worst(folded, plain) < 1e-5  # sums of up to 50,000 float32 terms
     flipped = conv_of_repeated(x, kernel[::-1], factor)
     assert weights.error(flipped, plain["y"]) > 0.1
+
+
+@pytest.mark.parametrize("factor", range(1, 9))
+def test_interpolation_is_that_of_jax(factor):
+    batch, height, width, channels = shape = (2, 5, 7, 3)
+    large = (batch, factor * height, factor * width, channels)
+    with jax.enable_x64(True):
+        x = jax.random.uniform(jax.random.key(0), shape, jnp.float64)
+        y = interpolate_pixels(x, factor)
+        expected = jax.image.resize(x, large, "bilinear")
+        assert weights.error(y, expected) < EXACT
+        assert (weights.error(repeat_pixels(x, factor), expected) < EXACT) == (factor == 1)
+    # Weights such as 1/14 are none that bfloat16 has: only the result is rounded.
+    narrow = x.astype(jnp.bfloat16)
+    expected = interpolate_pixels(narrow.astype(jnp.float32), factor).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(interpolate_pixels(narrow, factor), expected)

@@ -118,15 +118,15 @@ class Bottleneck(nnx.Module):
 
     def __call__(self, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None) -> jax.Array:
         strided = x[:, :: self.stride, :: self.stride]
-        if self.stride_in_3x3:
-            # XLA for GPUs (jaxlib 0.10.2 and 0.11.2) aborts where it fuses the ReLU before, which
-            # the rest of the block reads too, through this slice into the shortcut's product.
-            strided = lax.optimization_barrier(strided)
         y = self.conv1(x if self.stride_in_3x3 else strided)
         y = nnx.relu(self.norm1(y, mode, axis_name=axis_name))
         y = nnx.relu(self.norm2(self.conv2(y), mode, axis_name=axis_name))
         y = self.norm3(self.conv3(y), mode, axis_name=axis_name)
         if self.shortcut_conv is not None:
+            if self.stride_in_3x3 and self.stride > 1:
+                # XLA for GPUs (jaxlib 0.10.2 and 0.11.2) aborts where it fuses the ReLU before the
+                # block, which conv1 reads too, through this slice into the shortcut's product.
+                strided = lax.optimization_barrier(strided)
             x = self.shortcut_norm(self.shortcut_conv(strided), mode, axis_name=axis_name)
         return nnx.relu(x + y)
 

@@ -31,6 +31,7 @@ def plain_jax(job: Job, turns: Turns) -> None:
 
 def create_ours(job: Job, *, plain: bool = False, compute_dtype: str = "float32"):
     """Returns the notebook's configuration as plain values, and its model, for one device."""
+    import jax.numpy as jnp
     from flax import nnx
 
     from cifar_jax import config as configuration
@@ -47,7 +48,9 @@ def create_ours(job: Job, *, plain: bool = False, compute_dtype: str = "float32"
     config = configuration.to_dict(config)
     model = create_model(config["model"], seed=0)
     if plain:
-        model.backbone = PlainBackbone(job.variant, dtype=compute_dtype, rngs=nnx.Rngs(0))
+        model.backbone = PlainBackbone(
+            job.variant, dtype=jnp.dtype(compute_dtype), rngs=nnx.Rngs(0)
+        )
     return config, model
 
 

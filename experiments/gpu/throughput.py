@@ -50,7 +50,7 @@ def run_case(
     """
     workers = {
         name: functools.partial(failing_aloud, CONTENDERS[name], (job, precision, device, steps))
-        for name in ("ours", *names)
+        for name in names
     }
     reports, failed = run_survivors(workers, rounds)
     failed |= {
@@ -142,8 +142,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     add("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="N")
-    peers = [name for name in CONTENDERS if name != "ours"]
-    add("--contenders", nargs="+", choices=peers, default=peers, help="beside ours; default: all")
+    add("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     add("--upsampling", type=positive, default=8, help="of 32 px (default: %(default)s)")
     add("--steps", type=positive, default=20, help="in one turn (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")

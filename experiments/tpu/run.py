@@ -43,6 +43,18 @@ CASES = [
     Case("resnet50", "jit", "v5e:2x4", 1024),
     Case("resnet50", "pmap", "v5e:16x16", 32),
     Case("resnet50", "pmap", "v6e:4x4", 128),
+    Case("resnet50_best", "jit", "v5e:2x4", 32),
+    Case("resnet50", "jit", "v5e:16x16", 128),
+    Case("resnet50", "jit", "v6e:4x4", 32),
+    Case("resnet50", "jit", "v6e:4x4", 256),
+    Case("resnet50", "pmap", "v5e:2x4", 128),
+    Case("resnet50", "pmap", "v5e:16x16", 128),
+    Case("resnet50", "jit", "v5e:16x16", 512),
+    Case("resnet50", "pmap", "v6e:4x4", 32),
+    Case("resnet50", "pmap", "v5e:2x4", 512),
+    Case("resnet50", "pmap", "v6e:4x4", 512),
+    Case("resnet50", "pmap", "v5e:2x4", 1024),
+    Case("resnet50", "pmap", "v6e:4x4", 1024),
 ]
 PACKAGES = ("jax", "jaxlib", "libtpu")
 HEADER = (
