@@ -22,7 +22,7 @@ from cifar_jax.optim import OptimizerConfig, make_optimizer
 from cifar_jax.parallel import JitExecution
 from cifar_jax.state import create_state, named_leaves
 from cifar_jax.train import train_and_evaluate
-from configs import mlp, resnet50
+from configs import mlp, resnet50, resnet50_cpu
 from experiments import ahead
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.twins import TWINS
@@ -118,6 +118,18 @@ def test_the_step_is_no_more_work_than_it_was(compiled):
     program, _, bounds = compiled
     found = count(program)
     assert not worse(found, bounds), found
+
+
+@pytest.mark.slow
+def test_the_step_of_two_cores_is_no_more_work_than_it_was(monkeypatch):
+    """That of `configs/resnet50_cpu.py`: the torchvision variant, frozen norms, interpolation."""
+    monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
+    config = resnet50_cpu.get_config()
+    config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
+    program, _ = compile_calls(config, steps=1, batch_size=BATCH)
+    # The bare ones, input gradients of strided 3x3 convolutions, are no slower than others.
+    bounds = Bounds(14, 48, 2, large_copies=19, large_transposes=8, gflop=1.65, gigabytes=0.460)
+    assert not worse(count(program), bounds), count(program)
 
 
 def test_evaluation_is_no_more_work_than_it_was(monkeypatch):
