@@ -142,7 +142,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     add("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="N")
-    add("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
+    add("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="default: all")
     add("--upsampling", type=positive, default=8, help="of 32 px (default: %(default)s)")
     add("--steps", type=positive, default=20, help="in one turn (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
