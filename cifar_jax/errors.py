@@ -27,7 +27,7 @@ class RunError(UserError):
 
 def one_line(error: BaseException, limit: int = 300) -> str:
     """Returns an error's type and text as one line; of a long one the beginning and the end."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     half = limit // 2
     return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
 

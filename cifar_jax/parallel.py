@@ -2,7 +2,9 @@
 
 `JitExecution` (default) is one program over a one-axis mesh: the batch is sharded, the state
 replicated, and the compiler inserts the reductions. `PmapExecution` runs one program a device and
-reduces by name. Both make the same updates. One call scans over a stack of batches.
+reduces by name. Both make the same updates, up to rounding: over several devices TPU's compiler
+sums bfloat16 compute's gradients in bfloat16 for the former. One call scans over a stack of
+batches.
 """
 
 import functools
@@ -171,7 +173,8 @@ def check_devices() -> None:
         jax.devices()
     # Whatever a driver or a plug-in raises.
     except Exception as error:
-        raise UserError(f"JAX finds no device ({one_line(error)}); see JAX_PLATFORMS") from error
+        platforms = f"JAX_PLATFORMS is {jax.config.jax_platforms!r}"
+        raise UserError(f"JAX finds no device ({one_line(error)}); {platforms}") from error
 
 
 def check_batch_size(batch_size: int, *, key: str) -> None:

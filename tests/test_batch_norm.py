@@ -23,6 +23,15 @@ def x64():
         yield
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def platform(request, monkeypatch):
+    """Whose moments are computed, on the CPU that is here."""
+    if request.param == "accelerator":
+        choose = lambda *operands, default, **by_platform: default(*operands)  # noqa: E731
+        monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    return request.param
+
+
 def norm(features: int = 5, dtype=jnp.float64, **options) -> BatchNorm:
     options = dict(dtype=dtype, param_dtype=dtype) | options
     return weights.random_model(lambda: BatchNorm(features, **options))
@@ -91,7 +100,7 @@ def torch_norm(model: BatchNorm, x, cotangent, mode: str) -> dict[str, np.ndarra
     [(KERAS, TORCH, keras_norm), (TORCH, KERAS, torch_norm)],
     ids=["keras", "torch"],
 )
-def test_batch_norm_equals_the_reference(convention, other, reference, mode, shape, x64):
+def test_batch_norm_equals_the_reference(convention, other, reference, mode, shape, platform, x64):
     x, cotangent = batch(*shape), np.random.default_rng(1).normal(size=shape)
     model = norm(**convention)
     expected = reference(model, x, cotangent, mode)
@@ -163,6 +172,14 @@ def test_how_near_the_shift_must_be(off, error):
     assert found < error, found
 
 
+@pytest.mark.parametrize("deviations", [1, 3, 9, 11, 100, 1000])
+def test_plain_sums_are_left_where_they_lose_digits(deviations):
+    """Of a CPU, whatever the running mean is."""
+    x = (2 * deviations + batch(4096, 5)).astype(np.float32)
+    _, var = batch_norm._plain_moments(x, 1e-3, None)
+    np.testing.assert_allclose(var, x.astype(np.float64).var(0), rtol=3e-5)
+
+
 @pytest.mark.parametrize("distance", [0, 5, 50], ids="mean {} deviations from 0".format)
 def test_moments_are_the_same_on_every_platform(distance, x64):
     """What a CPU sums plainly, where that is safe, other platforms sum with a shift."""
@@ -177,7 +194,7 @@ def test_moments_are_the_same_on_every_platform(distance, x64):
 
 
 @pytest.mark.parametrize("convention", [KERAS, TORCH], ids=["keras", "torch"])
-def test_batch_norm_under_pmap_is_the_global_one(convention, x64):
+def test_batch_norm_under_pmap_is_the_global_one(convention, platform, x64):
     devices = jax.local_device_count()
     assert devices == 8
     x, cotangent = batch(2 * devices, 3, 5), np.random.default_rng(1).normal(size=(16, 3, 5))

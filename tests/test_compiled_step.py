@@ -25,7 +25,7 @@ from cifar_jax.train import train_and_evaluate
 from configs import mlp, resnet50, resnet50_cpu
 from experiments import ahead
 from experiments.benchmarks.hlo import Program
-from experiments.benchmarks.twins import TWINS
+from experiments.benchmarks.twins import TWINS, Twin
 from tests.references import weights
 
 BATCH, UPSAMPLING = 2, 2
@@ -194,11 +194,14 @@ def gradients():
         return gradients_of(0, 1)
 
 
+ACCELERATORS = Twin(jax.lax, "platform_dependent", lambda *x, default, **others: default(*x))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("path", TWINS)
+@pytest.mark.parametrize("path", [*TWINS, "what other platforms compute"])
 def test_a_plain_twin_computes_the_same(monkeypatch, gradients, path):
     """Gradients and moved statistics, in float32; another batch shows the scale."""
-    twin = TWINS[path]
+    twin = TWINS.get(path, ACCELERATORS)
     monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
     monkeypatch.setattr(twin.module, twin.name, twin.plain)
     (plain,) = gradients_of(0)

@@ -1,4 +1,4 @@
-"""Dropout and max pooling, against Keras, PyTorch and plain twins."""
+"""Dropout, pooling, products and convolutions, against Keras, PyTorch and plain twins."""
 
 import functools
 
@@ -134,30 +134,31 @@ def test_convolution_equals_the_plain_one(size, stride):
 @pytest.mark.parametrize(
     "option",
     [
+        {"lhs_dilation": (2, 2)},
         {"rhs_dilation": (2, 2)},
         {"feature_group_count": 2},
         {"preferred_element_type": jnp.float32},
-        {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1), "feature_group_count": 1},
+        {"precision": "highest"},
     ],
     ids=str,
 )
-def test_options_of_a_convolution_hold_for_the_smallest_maps(option):
+def test_an_option_keeps_the_smallest_maps_a_convolution(option):
+    """The product of patches knows none of them; without one, or where it says nothing, it is."""
     groups = option.get("feature_group_count", 1)
     x, kernel = jnp.ones((1, 2, 2, 4), jnp.bfloat16), jnp.ones((3, 3, 4 // groups, 4), jnp.bfloat16)
-    arguments = (x, kernel, (1, 1), ((2, 2), (2, 2)))
-    option = {**option, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
-    found, expected = (
-        convolve(*arguments, **option),
-        jax.lax.conv_general_dilated(*arguments, **option),
-    )
-    assert found.dtype == expected.dtype
-    np.testing.assert_array_equal(found, expected)
+    geometry = ((1, 1), ((1, 1), (1, 1)))
+    nothing = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), feature_group_count=1, precision=None)
+    for options in (option, {**nothing, **option}):
+        options = {**options, "dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        run = lambda x, k, o=options: convolve(x, k, *geometry, **o)  # noqa: E731
+        assert "conv_general_dilated" in str(jax.make_jaxpr(run)(x, kernel))
 
 
 def test_the_smallest_maps_are_no_convolution():
     """XLA would exchange map and kernel."""
     kernel, rest = jnp.ones((3, 3, 4, 4)), ((1, 1), ((1, 1), (1, 1)))
-    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    nothing = dict(lhs_dilation=(1, 1), rhs_dilation=(1, 1), feature_group_count=1, precision=None)
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"), **nothing)
     for side, is_one in ((2, False), (3, True)):
         x = jnp.ones((1, side, side, 4))
         text = str(jax.make_jaxpr(lambda x: convolve(x, kernel, *rest, **options))(x))

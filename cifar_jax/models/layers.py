@@ -78,8 +78,8 @@ def convolve(
 
     Where a map is smaller than the kernel, XLA makes the kernel the image and the map the kernel,
     for which its CPU backend has no fast convolution: at 2x2 it takes 50 times as long. There the
-    convolution is one product of patches. With dilation, groups or another type of the result it
-    is `lax`'s for every size.
+    convolution is one product of patches. With dilation, groups, a precision or another type of
+    the result it is `lax`'s for every size.
     """
     size = kernel.shape[:2]
     outputs = [
@@ -88,6 +88,7 @@ def convolve(
     ]
     others = ("lhs_dilation", "rhs_dilation", "feature_group_count", "preferred_element_type")
     is_plain = all(set(np.ravel(options.get(name))) <= {None, 1} for name in others)
+    is_plain = is_plain and options.get("precision") is None
     if math.prod(outputs) >= math.prod(size) or not is_plain:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))

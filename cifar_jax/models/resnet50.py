@@ -43,7 +43,7 @@ class ResNet50(nnx.Module):
             variant: a name in `VARIANTS`: "keras" (v1) or "torchvision" (v1.5).
             num_classes: outputs of the top layer; None leaves it out.
             batch_norm: mode of every batch norm in training; "frozen" or "eval" keep the running
-                statistics of the loaded weights (see `layers.BatchNorm`).
+                statistics of the loaded weights (see `batch_norm.BatchNorm`).
             zero_gamma: the last scale of every block starts at 0, so that every block starts as
                 its shortcut (Goyal et al., 2017). For training from scratch.
             remat: keep only the input of each block and compute its inside again on the way back:

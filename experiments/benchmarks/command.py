@@ -6,6 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from cifar_jax.phases import UPSAMPLINGS
 from experiments.benchmarks.job import SAMPLE, Job
 
 
@@ -24,8 +25,19 @@ def make_parser(doc: str, *, rounds: int = 7) -> argparse.ArgumentParser:
 def add_size(parser: argparse.ArgumentParser, *, upsampling: int, batch_size: int) -> None:
     """Adds --upsampling and --batch-size with these defaults."""
     add = parser.add_argument
-    add("--upsampling", type=positive, default=upsampling, help="of 32 px (default: %(default)s)")
+    add_upsampling(parser, default=upsampling)
     add("--batch-size", type=positive, default=batch_size, help="(default: %(default)s)")
+
+
+def add_upsampling(parser: argparse.ArgumentParser, *, default: int) -> None:
+    """Adds --upsampling."""
+    parser.add_argument(
+        "--upsampling",
+        type=int,
+        choices=UPSAMPLINGS,
+        default=default,
+        help="of 32 px (default: %(default)s)",
+    )
 
 
 def read_job(

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.errors import exit_on_user_error
+from cifar_jax.errors import RunError, UserError, exit_on_user_error
 from experiments.benchmarks import interleaved
-from experiments.benchmarks.command import make_parser, positive, written_by
+from experiments.benchmarks.command import add_upsampling, make_parser, positive, written_by
 from experiments.benchmarks.interleaved import Turns
 from experiments.benchmarks.job import Job
 from experiments.gpu import contenders
@@ -143,20 +143,27 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     add("--batch-sizes", nargs="+", type=positive, default=BATCH_SIZES, metavar="N")
     add("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS], help="default: all")
-    add("--upsampling", type=positive, default=8, help="of 32 px (default: %(default)s)")
+    add_upsampling(parser, default=8)
     add("--steps", type=positive, default=20, help="in one turn (default: %(default)s)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try the command itself")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs all cases, and writes after each."""
+    """Runs all cases, and writes after each in which somebody could.
+
+    Raises:
+      RunError: if nobody could in any.
+    """
     options = parse_options(arguments)
     # Contenders share the GPU's memory: nobody may take what it does not use.
     os.environ |= {"JAX_PLATFORMS": options.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     from cifar_jax.parallel import check_devices
 
-    check_devices()
+    try:
+        check_devices()
+    except UserError as error:
+        raise UserError(f"{error}; --device=cpu tries the command itself") from error
     results = {
         "machine": interleaved.describe_machine(PACKAGES),
         "rounds": options.rounds,
@@ -173,9 +180,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 **{"device": options.device, "rounds": options.rounds, "steps": options.steps},
             )
             results["cases"].append(case)
-            interleaved.write_results(
-                options.results or RESULTS, results, text=format_results(results)
-            )
+            if any(each["summary"] for each in results["cases"]):
+                path = options.results or RESULTS
+                interleaved.write_results(path, results, text=format_results(results))
+    if not any(each["summary"] for each in results["cases"]):
+        name, why = next(iter(results["cases"][0]["failed"].items()))
+        raise RunError(f"no contender could train; nothing was written; {name}: {why}")
 
 
 if __name__ == "__main__":
