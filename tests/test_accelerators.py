@@ -4,6 +4,9 @@ None of this runs on such a device. It shows that the whole step is accepted for
 compiled program holds and sends, and what computing in bfloat16 changes.
 """
 
+import json
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ import optax
 import pytest
 from flax import nnx
 
+from cifar_jax.errors import UserError
 from cifar_jax.models import resnet50
 from cifar_jax.models.transfer import TransferClassifier
 from cifar_jax.parallel import JitExecution, scan_train_steps
@@ -18,6 +22,8 @@ from cifar_jax.state import TrainState, create_state, to_arrays
 from experiments import ahead
 from experiments.ahead import MEMORY, Case
 from experiments.gpu.run import compile_apart, format_row, h100_case
+from experiments.tpu import roofline
+from experiments.tpu import run as tpu
 from tests.references import weights
 
 # --- Exported ------------------------------------------------------------------------------------
@@ -129,6 +135,42 @@ def test_a_row_of_gpus_counts_all_reduces():
     died = format_row(h100_case("mlp", "float32", 32), {"refused": "why"})
     assert died[1:3] == ["", "32"]
     assert died[7:] == ["why"] + [""] * 7
+
+
+def test_a_row_of_tpus_adds_up_its_memory():
+    reduces = [{"name": "all-reduce", "dtypes": ["f32"], "arrays": 3, "bytes": 2_000_000}] * 2
+    mib = dict(arguments=1024, padding=1, outputs=512, aliased=512, temporaries=3000, code=72)
+    program = {name: size * 2**20 for name, size in mib.items()}
+    program |= dict(steps_per_call=5, flop=7e9, bytes_accessed=8e9, collectives=reduces)
+    result = dict(case=vars(Case("resnet50", "jit", "v5e:2x4", 1024)), date="today")
+    row = dict(zip(tpu.HEADER, tpu.format_row(result | {"program": program}), strict=True))
+    assert [row[name] for name in ("arguments", "all", "of the chip's")] == [
+        *("1,024.0", "4,096.0", "25.00%"),
+    ]
+    assert (row["all-reduces"], row["MB"], row["largest"]) == ("2", "4.00", "2.00 MB, 3 f32")
+    refused = tpu.format_row(result | {"program": {"refused": "why"}})
+    assert (refused[4], len(refused)) == ("refused: why", len(tpu.HEADER))
+
+
+def test_the_roofline_says_what_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(roofline, "FOLDER", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["roofline"])
+    with pytest.raises(UserError, match=r"programs.json is not there; .*tpu.run writes it"):
+        roofline.main()
+    (tmp_path / "programs.json").write_text('{"programs": []}')
+    with pytest.raises(UserError, match=r"programs.json has no Case.*tpu.run compiles it"):
+        roofline.main()
+    program = dict(case=vars(roofline.PROGRAM), program=dict(flop=128e12, bytes_accessed=128e9))
+    (tmp_path / "programs.json").write_text(json.dumps({"programs": [program]}))
+    with pytest.raises(UserError, match=r"feed.json is not there; .*tpu.feed writes it"):
+        roofline.main()
+    (tmp_path / "feed.json").write_text('{"calls": [{"batch_size": 256, "median": 788}]}')
+    roofline.main()
+    v5e, *_ = json.loads((tmp_path / "roofline.json").read_text())["estimates"]
+    # 1 TFLOP an image at 197 TFLOP/s, 1 GB at 819 GB/s.
+    assert v5e["computing_only"] == pytest.approx(197)
+    assert v5e["with_traffic"] == pytest.approx(197)
+    assert "25.0%" in (tmp_path / "roofline.md").read_text()
 
 
 def test_collectives_are_read_from_a_program():

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from cifar_jax.errors import UserError
-from experiments.benchmarks import interleaved
+from experiments.benchmarks import ablate, interleaved
+from experiments.benchmarks.twins import TWINS
 from experiments.gpu.throughput import run_survivors
 
 ORDER = "ORDER_OF_TURNS"  # an environment variable, which reaches the processes: a file's path
@@ -78,7 +79,7 @@ COMMANDS = ("ablate", "layers", "loop", "resnet")
     ("option", "told"),
     [
         ("--batch-size=0", "argument --batch-size: found '0', expected a positive integer"),
-        ("--upsampling=x", "argument --upsampling: found 'x', expected a positive integer"),
+        ("--upsampling=9", "argument --upsampling: invalid choice: 9 (choose from 1, 2, 3"),
         ("--rounds=-1", "argument --rounds: found '-1', expected a positive integer"),
         ("--batch-size=3000", "a turn needs 3,000 images; expected at most 2,000"),
         ("--results=/proc/version/x", "argument --results: /proc/version is not a folder"),
@@ -104,6 +105,10 @@ def test_a_missing_package_is_told_before_anything_is_timed(command, monkeypatch
     monkeypatch.setattr(sys, "argv", [command])
     with pytest.raises(UserError, match="no-such-package is not installed; pip install -r req"):
         module.main()
+
+
+def test_ablate_has_rounds_for_everybody_to_follow_everybody():
+    assert ablate.ROUNDS == 2 * (len(TWINS) + 1)
 
 
 def test_a_dot_in_the_name_of_results_stays(tmp_path):

@@ -14,7 +14,9 @@ from experiments.benchmarks.interleaved import Turns
 WORKS = ("train", "infer", "features")
 LEARNING_RATE = 2e-5  # the notebook's
 SAMPLE = 2_000  # training images that are shipped
-PIXELS_A_TURN = 4 * 256**2  # of upsampled images, at least: small ones would be over too soon
+# Of upsampled images, at least: small ones would be over too soon, and several batches are what
+# Keras's steps_per_execution needs.
+PIXELS_A_TURN = 16 * 256**2
 
 
 @dataclasses.dataclass(frozen=True)

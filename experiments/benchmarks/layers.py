@@ -121,11 +121,11 @@ def torch_passes(job: Job, shape: Convolution) -> Passes:
 
 
 def profile_step(job: Job, config: dict[str, Any], model) -> dict[str, Any]:
-    """Traces whole compiled steps.
+    """Times whole compiled steps, then traces as many.
 
     Returns:
-      Seconds of a step, and by kind of operation the seconds and instructions of a step; kinds
-      may overlap in time, so that they add up to more than the step.
+      Seconds of a step that is not traced, and by kind of operation the seconds, as traced, and
+      instructions of a step; kinds may overlap in time, so that they add up to more than the step.
     """
     import jax
 
@@ -134,11 +134,12 @@ def profile_step(job: Job, config: dict[str, Any], model) -> dict[str, Any]:
     compiled = training.execution.compiled_train.lower(training.state, placed).compile()
     kinds = Program.parse(compiled.as_text()).kinds()
     training(stack)
+    start = time.perf_counter()
+    training(stack * TRACED_STEPS)
+    seconds = (time.perf_counter() - start) / TRACED_STEPS
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            start = time.perf_counter()
             training(stack * TRACED_STEPS)
-            seconds = (time.perf_counter() - start) / TRACED_STEPS
         (path,) = Path(folder).rglob("*.xplane.pb")
         durations = instruction_seconds(path)
     unknown = durations.keys() - kinds.keys()

@@ -7,6 +7,7 @@ virtual: they share the same cores, and show what dividing the work costs.
 """
 
 import functools
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,13 @@ def contender(setting: dict[str, int], turns: Turns) -> None:
 
 
 def many_steps(setting: dict[str, int], turns: Turns) -> None:
-    """Our step again and again, and what the process holds after each turn."""
+    """Our step on several batches again and again, and what the process holds after each turn."""
     _limit(setting)
     job = _job(setting)
-    training, stack = Training(*create_ours(job)), make_stacks(job)[0]
-    training([stack])
+    training, stacks = Training(*create_ours(job)), make_stacks(job)
+    stacks = list(itertools.islice(itertools.cycle(stacks), MEMORY_STEPS))
     for report in turns:
-        training([stack] * MEMORY_STEPS)
+        training(stacks)
         report["resident_mb"] = resident_mb()
 
 
@@ -122,8 +123,9 @@ def format_results(results: dict[str, Any]) -> str:
     if memory := results["memory"]:
         held = ", ".join(f"{report['resident_mb']:.0f}" for report in memory)
         pages.append(
-            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps, {USUAL['size']} px and "
-            f"{USUAL['batch']} images, after every {MEMORY_STEPS}: {held}."
+            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps on {_job(USUAL).calls} "
+            f"batches in turn, {USUAL['size']} px and {USUAL['batch']} images, after every "
+            f"{MEMORY_STEPS}, the first {MEMORY_STEPS} left out: {held}."
         )
     return "\n\n".join([*pages, interleaved.format_machine(results["machine"])])
 
@@ -131,11 +133,11 @@ def format_results(results: dict[str, Any]) -> str:
 def main() -> None:
     """Runs the benchmark and writes its results."""
     parser = make_parser(__doc__)
-    parser.add_argument("--only", choices=(*VALUES, "memory"), help="one kind, printed alone")
+    parser.add_argument(
+        "--only", choices=(*VALUES, "memory"), help="one kind, in a file of its own"
+    )
     options = parser.parse_args()
     only = options.only
-    if only and options.results:
-        parser.error("--only prints its kind and writes nothing; leave out --results")
     machine = interleaved.describe_machine(PACKAGES)
     os.environ["JAX_PLATFORMS"] = "cpu"
     results = {
@@ -146,10 +148,8 @@ def main() -> None:
         "memory": measure_memory() if only in (None, "memory") else [],
         "machine": machine,
     }
-    if only:
-        print(format_results(results))
-    else:
-        interleaved.write_results(options.results or RESULTS, results, text=format_results(results))
+    path = RESULTS.with_name(f"scaling_{only}") if only else RESULTS
+    interleaved.write_results(options.results or path, results, text=format_results(results))
 
 
 if __name__ == "__main__":

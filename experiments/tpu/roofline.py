@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.errors import exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error
 from experiments.ahead import Case
 from experiments.benchmarks.interleaved import markdown_table, write_results
 
@@ -92,12 +92,27 @@ def format_results(results: dict[str, Any]) -> str:
     )
 
 
+def read_results(name: str, *, command: str) -> dict[str, Any]:
+    """Returns what `command` has written to results/`name`.json.
+
+    Raises:
+      UserError: where that is not there.
+    """
+    path = FOLDER / f"{name}.json"
+    if not path.exists():
+        raise UserError(f"{path} is not there; python -m experiments.tpu.{command} writes it")
+    return json.loads(path.read_text())
+
+
 def main() -> None:
     """Reads the compiled program and the measured feed, and writes the estimate."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    programs = json.loads((FOLDER / "programs.json").read_text())["programs"]
-    program = next(each["program"] for each in programs if Case(**each["case"]) == PROGRAM)
-    calls = json.loads((FOLDER / "feed.json").read_text())["calls"]
+    programs = read_results("programs", command="run")["programs"]
+    programs = {Case(**each["case"]): each["program"] for each in programs}
+    if PROGRAM not in programs:
+        missing = f"{FOLDER / 'programs.json'} has no {PROGRAM}"
+        raise UserError(f"{missing}; python -m experiments.tpu.run compiles it")
+    program, calls = programs[PROGRAM], read_results("feed", command="feed")["calls"]
     flop = program["flop"] / PROGRAM.batch
     moved = program["bytes_accessed"] / PROGRAM.batch
     results = {

@@ -2,8 +2,9 @@
 
     python -m experiments.tpu.run
 
-Needs requirements-tpu.txt. A ResNet-50 takes minutes; a stopped command goes on where it was, and
-a program that has changed since is compiled again. README.md says what the columns are.
+Needs requirements-tpu.txt. A ResNet-50 takes minutes; a stopped command goes on where it was. A
+program that has changed since is dropped at once, and compiled again. README.md says what the
+columns are.
 """
 
 import argparse
@@ -133,25 +134,27 @@ def format_results(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Compiles what has no result yet, and writes after each."""
+    """Drops what is of another program, compiles what has no result, and writes after each."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("libtpu is not installed; pip install -r requirements-tpu.txt")
     os.environ["JAX_PLATFORMS"] = "cpu"  # the chips are only named
     path = RESULTS.with_suffix(".json")
     programs = json.loads(path.read_text())["programs"] if path.exists() else []
+    print(f"tracing {len(CASES)} programs", flush=True)
+    lowered = {case: lower(case) for case in CASES}
+    hashes = {case: program_hash(program) for case, program in lowered.items()}
     by_case = {Case(**each["case"]): each for each in programs}
+    by_case = {case: each for case, each in by_case.items() if each["hash"] == hashes.get(case)}
     for case in CASES:
-        lowered = lower(case)
-        key = program_hash(lowered)
-        if case not in by_case or by_case[case]["hash"] != key:
+        if case not in by_case:
             print(f"compiling {case}", flush=True)
             by_case[case] = {
                 "case": dataclasses.asdict(case),
-                "hash": key,
+                "hash": hashes[case],
                 "versions": versions(),
                 "date": datetime.now(UTC).date().isoformat(),
-                "program": measure(case, lowered),
+                "program": measure(case, lowered[case]),
             }
         results = {"programs": [by_case[each] for each in CASES if each in by_case]}
         write_results(RESULTS, results, text=format_results(results))
