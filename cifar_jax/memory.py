@@ -17,7 +17,7 @@ def keep_freed_memory() -> None:
     maps such blocks from the system and gives them back, so that each step of a ResNet-50 pays for
     some 200,000 page faults (256 px, batch 8), about 8 % of its time. The process keeps the most
     that it ever held, and where something small comes to lie in the temporaries' place takes that
-    much once more, in about one run of three: 6.4 GB were 11.3 then (256 px, batch 32).
+    much once more, in some runs: 6.4 GB were 11.3 then (256 px, batch 32).
     """
     if platform.libc_ver()[0] != "glibc":
         return

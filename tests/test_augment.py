@@ -190,7 +190,11 @@ def test_an_example_depends_on_its_own_key(images):
     assert not np.array_equal(whole, other)
 
 
-@pytest.mark.parametrize("config", [ALL, Augment(mixup=0.2), Augment(cutmix=1.0)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(ALL, marks=pytest.mark.slow), Augment(mixup=0.2), Augment(cutmix=1.0)],
+    ids=str,
+)
 def test_devices_change_no_pixel(images, config):
     """Under pmap the partner of a device's last example lies on the next one."""
     labels = np.arange(8, dtype=np.int32)

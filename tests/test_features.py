@@ -481,6 +481,7 @@ def test_a_full_disk_is_one_line(cache):
 # --- The run -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see command.py
 def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     quick, small_data, no_backbone, tmp_path
@@ -510,6 +511,7 @@ def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     assert load_trained(workdir, "best").step == find_step(finished, "best")
 
 
+@pytest.mark.slow
 def test_stopped_anywhere_it_ends_the_same(quick, quick_backbone, tmp_path, monkeypatch):
     """While features are computed, then while the head is trained (with dropout)."""
     config, finished = quick

@@ -98,6 +98,7 @@ def assert_resumes_to(reference, config, workdir):
     assert_same_run(workdir, reference)
 
 
+@pytest.mark.slow
 def test_killed_during_a_save(config, reference, tmp_path):
     kill_during_a_save(start_command(config, tmp_path), tmp_path)
     assert unfinished(tmp_path)

@@ -161,6 +161,7 @@ def test_a_run_compiles_once_for_each_size(config, tmp_path, compiled_names):
     assert compiled_names.count("jit(eval_step)") == 2
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
     whole = train_and_evaluate(config, tmp_path)
     told = capfd.readouterr().err

@@ -93,6 +93,7 @@ def test_a_wrong_field_of_all_runs_is_told_before_the_first(files, tmp_path, cap
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
     text = '[wrong]\nbatch_size = 5000\n\n[right]\ntrain_for = "1 epoch"\n'  # of 1,440 images

@@ -82,6 +82,7 @@ def notebooks_model(images):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_a_model_of_keras_is_ported_and_predicts_as_in_keras(sample, pictures, tmp_path, capsys):
     images = sample.test_images[:COUNT].astype(np.float32)
