@@ -140,6 +140,17 @@ def test_batch_norm_statistics_are_float32_for_bfloat16():
         np.testing.assert_array_equal(getattr(model, name)[...], getattr(wide, name)[...])
 
 
+def test_a_batch_may_have_more_pixels_than_an_int32_counts():
+    """As 512 images of 256 px on each of 256 chips; nothing is computed."""
+    x = jax.ShapeDtypeStruct((2**17, 128, 128, 1), jnp.float32)
+    channel = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def loss(x, *channels):
+        return jnp.sum(batch_norm.normalize(x, *channels, 1e-3, None)[0])
+
+    assert jax.eval_shape(jax.grad(loss), x, channel, channel, channel) == x
+
+
 @pytest.mark.parametrize("running_mean", [0, 1e4], ids=["far running mean", "near running mean"])
 def test_batch_norm_is_exact_far_from_zero(running_mean, monkeypatch):
     """Mean 1e4 deviations from 0: the difference of plain squares would have no digit left.

@@ -131,7 +131,7 @@ def _normalize_backward(epsilon, axis_name, saved, gradients):
     along = functools.partial(jnp.broadcast_to, shape=x.shape)
     centred = x.astype(dy.dtype) - along(mean)
     sum_dy, sum_dy_centred = _sum(dy), _sum(dy * centred)
-    count = x.size // x.shape[-1]
+    count = float(x.size // x.shape[-1])  # a slice of chips has more than an int32 counts
     mean_dy, mean_dy_centred = _pmean((sum_dy / count, sum_dy_centred / count), axis_name)
     slope = jnp.square(inverse) * mean_dy_centred
     dx = along(scale * inverse) * (dy - along(mean_dy) - centred * along(slope))
