@@ -268,7 +268,7 @@ def guarded_run(small_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("execution", ["jit", "pmap"])
-def test_nothing_goes_to_the_device_unasked(small_config, guarded_run, execution):
+def test_training_sends_nothing_to_the_device_unasked(small_config, guarded_run, execution):
     small_config.execution = execution
     assert guarded_run().step == 90
 
