@@ -12,9 +12,10 @@ from flax import nnx
 from cifar_jax.checkpoint import digest
 from cifar_jax.models.blocks import EXPANSION
 from cifar_jax.models.registry import create_model
-from cifar_jax.models.resnet50 import PARTS, STAGE_WIDTHS
+from cifar_jax.models.resnet50 import LAST, STAGE_WIDTHS
 from cifar_jax.models.transfer import keep_parts
 from cifar_jax.parallel import JitExecution
+from cifar_jax.parts import part_names
 from cifar_jax.state import MODEL_PARTS, model_leaves, split_model
 
 PREFIX = "backbone."
@@ -25,23 +26,24 @@ class Backbone:
     """The backbone of a transfer model up to a part, in evaluation mode."""
 
     def __init__(
-        self, config: Mapping[str, Any], values: Mapping[str, np.ndarray], part: str = PARTS[-1]
+        self, config: Mapping[str, Any], values: Mapping[str, np.ndarray], part: str = LAST
     ):
         """Takes the weights; nothing is computed.
 
         Args:
             config: `config.model` of a transfer model.
             values: its parameters and statistics by name; those up to `part` are taken.
-            part: the last one that is computed, a name in `resnet50.PARTS`.
+            part: the last one that is computed, a name in `parts.part_names()`.
         """
         self.part = part
-        self._kept = PARTS[: PARTS.index(part) + 1]
-        prefixes = tuple(PREFIX + name for name in self._kept)
+        parts = part_names()
+        self._kept = parts[: parts.index(part) + 1]
+        prefixes = tuple(PREFIX + name + ("_" if name == "stem" else ".") for name in self._kept)
         self.values = {name: x for name, x in values.items() if name.startswith(prefixes)}
         self._config = config
         # Of the last maps a pooled head takes the mean: so it is the mean that is kept, as maps of
         # one pixel, whose mean is itself.
-        self._is_pooled = (config["head"], part) == ("pooled", PARTS[-1])
+        self._is_pooled = (config["head"], part) == ("pooled", LAST)
 
     def key(self) -> dict[str, Any]:
         """Returns what the features depend on, the images and the precision aside."""
@@ -52,7 +54,7 @@ class Backbone:
 
     def shape(self, images: np.ndarray) -> tuple[int, ...]:
         """Returns the shape [N, h, w, C] of the features of images [N, 32, 32, 3]."""
-        number = PARTS.index(self.part)
+        number = 0 if self.part == "stem" else int(self.part.removeprefix("stage")[0])
         channels = EXPANSION * STAGE_WIDTHS[number - 1] if number else STAGE_WIDTHS[0]
         # Strides make 4 up to stage 1, and 2 in each stage behind it.
         side = 32 * self._config["upsampling"] // (4 * 2 ** max(number - 1, 0))

@@ -12,6 +12,7 @@ import ml_collections
 
 from cifar_jax.durations import Duration
 from cifar_jax.errors import UserError
+from cifar_jax.parts import part_names
 from cifar_jax.phases import UPSAMPLINGS, check_spans
 
 UINT32_MAX = 2**32 - 1
@@ -58,7 +59,7 @@ RULES: dict[str, Rule] = {
     "progressive": (lambda v: isinstance(v, str), "a text"),
     "freeze.layers": (lambda v: isinstance(v, str), "a text"),
     "freeze.batch_norm": _choice("frozen", "train"),
-    "freeze.features": _choice("stem", "stage1", "stage2", "stage3", "stage4"),
+    "freeze.features": _choice(*part_names()),
     "augment.flip": SWITCH,
     "augment.crop_padding": _whole(0, 16),
     "augment.policy": _choice("none", "trivial"),

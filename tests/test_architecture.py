@@ -36,7 +36,7 @@ LAYERS = [
     ["data"],
     ["config"],
     ["phases"],
-    ["durations", "picture", "labels", "download", "lock", "memory"],
+    ["durations", "parts", "picture", "labels", "download", "lock", "memory"],
     ["errors"],
     ["__init__"],
 ]

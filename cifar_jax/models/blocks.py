@@ -132,7 +132,10 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one resolution, named block1, block2, ...; the first one strides and projects."""
+    """Blocks of one resolution, named block1, block2, ...; the first one strides and projects.
+
+    A call runs one of them: the named one, or the last.
+    """
 
     def __init__(
         self,
@@ -144,7 +147,7 @@ class Stage(nnx.Module):
         remat: bool,
         layers: Layers,
     ):
-        self.blocks = blocks
+        self.last = f"block{blocks}"
         self.remat = remat
         for i in range(1, blocks + 1):
             first = i == 1
@@ -157,11 +160,11 @@ class Stage(nnx.Module):
             )
             setattr(self, f"block{i}", block)
 
-    def __call__(self, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, block: str, *, mode: BatchNormMode, axis_name: str | None
+    ) -> jax.Array:
         def run(block: Bottleneck, x: jax.Array) -> jax.Array:
             return block(x, mode=mode, axis_name=axis_name)
 
         run = nnx.remat(run) if self.remat else run
-        for i in range(1, self.blocks + 1):
-            x = run(getattr(self, f"block{i}"), x)
-        return x
+        return run(getattr(self, block or self.last), x)

@@ -15,10 +15,10 @@ from cifar_jax.models.batch_norm import BATCH_NORM_MODES, BatchNormMode
 from cifar_jax.models.blocks import EXPANSION, VARIANTS, Layers, Stage
 from cifar_jax.models.layers import check_name, max_pool
 from cifar_jax.models.stem import conv_of_repeated
+from cifar_jax.parts import STAGE_BLOCKS, part_names
 
-STAGE_BLOCKS = (3, 4, 6, 3)
 STAGE_WIDTHS = (64, 128, 256, 512)
-PARTS = ("stem", "stage1", "stage2", "stage3", "stage4")
+LAST = "stage4"
 IMAGENET_CLASSES = 1000
 
 
@@ -70,6 +70,7 @@ class ResNet50(nnx.Module):
             setattr(self, f"stage{i}", stage)
             features = EXPANSION * width
         self.features_out = features
+        self.parts = part_names(STAGE_BLOCKS)
         top = functools.partial(
             nnx.Linear,
             kernel_init=nnx.initializers.normal(0.01),
@@ -84,7 +85,7 @@ class ResNet50(nnx.Module):
     ) -> jax.Array:
         """The last of `features`: the logits, or without a top the maps of stage 4."""
         outputs = self.features(x, train=train, axis_name=axis_name, repeats=repeats)
-        return outputs["stage4" if self.top is None else "logits"]
+        return outputs[LAST if self.top is None else "logits"]
 
     def features(
         self,
@@ -93,7 +94,7 @@ class ResNet50(nnx.Module):
         train: bool,
         axis_name: str | None = None,
         repeats: int = 1,
-        until: str = PARTS[-1],
+        until: str = LAST,
     ) -> dict[str, jax.Array]:
         """Every stage's output by name, from one forward pass.
 
@@ -104,11 +105,12 @@ class ResNet50(nnx.Module):
             axis_name: pmap axis over which the batch statistics are shared.
             repeats: 1, or an even number: the network sees each pixel as a square of
                 repeats x repeats pixels, without that image being built.
-            until: the last part to run, a name in `PARTS`.
+            until: the last part to run, a name in `parts`.
 
         Returns:
             "stem" (after the pooling) [B, h, w, 64], "stage1" ... "stage4" [B, h, w, 256 ... 2048],
-            "pooled" [B, 2048] and, with a top, "logits" [B, num_classes], in float32 at least.
+            "pooled" [B, 2048] and, with a top, "logits" [B, num_classes], in float32 at least; up
+            to `until`, be that a block.
         """
         mode = self.batch_norm if train else "eval"
         x = self.stem(x.astype(self.dtype), repeats)
@@ -117,7 +119,7 @@ class ResNet50(nnx.Module):
             "stem": x,
             **self.after("stem", x, train=train, axis_name=axis_name, until=until),
         }
-        if until != PARTS[-1]:
+        if until != LAST:
             return outputs
         outputs["pooled"] = outputs[until].mean((1, 2))
         if self.top is not None:
@@ -131,24 +133,27 @@ class ResNet50(nnx.Module):
         *,
         train: bool,
         axis_name: str | None = None,
-        until: str = PARTS[-1],
+        until: str = LAST,
     ) -> dict[str, jax.Array]:
-        """Runs the stages behind a part, up to another one.
+        """Runs the blocks behind a part, up to another one.
 
         Args:
-            part: a name in `PARTS`.
+            part: a name in `parts`.
             x: its output, as `features` gives it.
             train: see `features`.
             axis_name: see `features`.
             until: see `features`.
 
         Returns:
-            Their outputs by name, in order; none behind the last one.
+            The outputs of stages, and that of `until`, by name, in order; none behind the last.
         """
         mode = self.batch_norm if train else "eval"
         outputs = {}
-        for name in PARTS[PARTS.index(part) + 1 : PARTS.index(until) + 1]:
-            x = outputs[name] = getattr(self, name)(x, mode=mode, axis_name=axis_name)
+        for name in self.parts[self.parts.index(part) + 1 : self.parts.index(until) + 1]:
+            stage, _, block = name.partition(".")
+            x = getattr(self, stage)(x, block, mode=mode, axis_name=axis_name)
+            if not block or name == until:
+                outputs[name] = x
         return outputs
 
     def stem(self, x: jax.Array, repeats: int) -> jax.Array:

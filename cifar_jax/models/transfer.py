@@ -8,7 +8,7 @@ from flax import nnx
 
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
-from cifar_jax.models.resnet50 import PARTS, ResNet50
+from cifar_jax.models.resnet50 import LAST, ResNet50
 from cifar_jax.models.stem import interpolate_pixels, repeat_pixels
 
 UPSAMPLINGS = range(1, 9)
@@ -215,7 +215,7 @@ class TransferClassifier(nnx.Module):
         *,
         train: bool,
         axis_name: str | None = None,
-        part: str = PARTS[-1],
+        part: str = LAST,
     ) -> jax.Array:
         """A part's maps; the head reads the last one's, [B, upsampling, upsampling, 2048]."""
         # Affine per channel, so it may as well come before the upsampling, on fewer pixels.
@@ -235,9 +235,10 @@ class TailClassifier(nnx.Module):
     """What follows a part of a transfer model's backbone: it classifies that part's maps."""
 
     def __init__(self, model: TransferClassifier, part: str):
-        """Takes the layers behind `part`, a name in `resnet50.PARTS`; they keep their names."""
+        """Takes the layers behind `part`, a name in `ResNet50.parts`; they keep their names."""
         self.part = part
-        self.backbone = keep_parts(model, PARTS[PARTS.index(part) + 1 :]).backbone
+        parts = model.backbone.parts
+        self.backbone = keep_parts(model, parts[parts.index(part) + 1 :]).backbone
         self.head = model.head
 
     def __call__(
@@ -250,15 +251,17 @@ class TailClassifier(nnx.Module):
     ) -> jax.Array:
         """Logits of maps [B, h, w, C]; a pooled head also takes the means of the last maps."""
         behind = self.backbone.after(self.part, maps, train=train, axis_name=axis_name)
-        return self.head(behind.get(PARTS[-1], maps), train=train, keys=keys, axis_name=axis_name)
+        return self.head(behind.get(LAST, maps), train=train, keys=keys, axis_name=axis_name)
 
 
 def keep_parts(model: TransferClassifier, parts: Collection[str]) -> TransferClassifier:
     """Takes all other parts of its backbone from a model: they are never called."""
     backbone = model.backbone
-    for name in PARTS:
+    if "stem" not in parts:
+        backbone.stem_conv = backbone.stem_norm = None
+    for name in backbone.parts[1:]:
         if name not in parts:
-            of_part = ("stem_conv", "stem_norm") if name == "stem" else (name,)
-            for layer in of_part:
-                setattr(backbone, layer, None)
+            stage, _, block = name.partition(".")
+            stage = getattr(backbone, stage)
+            setattr(stage, block or stage.last, None)
     return model
