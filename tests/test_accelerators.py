@@ -67,8 +67,13 @@ def test_the_step_is_exported_for_tpu_and_cuda(case):
         (Case("mlp", "pmap", "v5e:2x4", 32), 4),
         # Those, and sums of the batch norms: 103 in the middle of the step, the rest together.
         (Case("resnet50", "jit", "v5e:2x4", 32, upsampling=2), 106),
+        # On another generation, and on a slice of 256 chips.
+        (Case("resnet50", "pmap", "v6e:4x4", 32, upsampling=2), 106),
+        (Case("mlp", "jit", "v5e:16x16", 32), 3),
     ],
-    ids=lambda case: f"{case.model}-{case.execution}" if isinstance(case, Case) else "",
+    ids=lambda case: (
+        f"{case.model}-{case.execution}-{case.topology}" if isinstance(case, Case) else ""
+    ),
 )
 def test_the_compiler_of_tpus_takes_the_step(case, reduced):
     pytest.importorskip("libtpu", reason="TPU's compiler: pip install -r requirements-tpu.txt")
