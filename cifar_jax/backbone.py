@@ -12,10 +12,10 @@ from flax import nnx
 from cifar_jax.checkpoint import digest
 from cifar_jax.models.blocks import EXPANSION
 from cifar_jax.models.registry import create_model
-from cifar_jax.models.resnet50 import LAST, STAGE_WIDTHS
+from cifar_jax.models.resnet50 import LAST_PART, STAGE_WIDTHS
 from cifar_jax.models.transfer import keep_parts
 from cifar_jax.parallel import JitExecution
-from cifar_jax.parts import part_names
+from cifar_jax.parts import part_names, stage_number
 from cifar_jax.state import MODEL_PARTS, model_leaves, split_model
 
 PREFIX = "backbone."
@@ -26,7 +26,7 @@ class Backbone:
     """The backbone of a transfer model up to a part, in evaluation mode."""
 
     def __init__(
-        self, config: Mapping[str, Any], values: Mapping[str, np.ndarray], part: str = LAST
+        self, config: Mapping[str, Any], values: Mapping[str, np.ndarray], part: str = LAST_PART
     ):
         """Takes the weights; nothing is computed.
 
@@ -38,12 +38,12 @@ class Backbone:
         self.part = part
         parts = part_names()
         self._kept = parts[: parts.index(part) + 1]
-        prefixes = tuple(PREFIX + name + ("_" if name == "stem" else ".") for name in self._kept)
+        prefixes = tuple(PREFIX + name for name in self._kept)
         self.values = {name: x for name, x in values.items() if name.startswith(prefixes)}
         self._config = config
         # Of the last maps a pooled head takes the mean: so it is the mean that is kept, as maps of
         # one pixel, whose mean is itself.
-        self._is_pooled = (config["head"], part) == ("pooled", LAST)
+        self._is_pooled = (config["head"], part) == ("pooled", LAST_PART)
 
     def key(self) -> dict[str, Any]:
         """Returns what the features depend on, the images and the precision aside."""
@@ -54,7 +54,7 @@ class Backbone:
 
     def shape(self, images: np.ndarray) -> tuple[int, ...]:
         """Returns the shape [N, h, w, C] of the features of images [N, 32, 32, 3]."""
-        number = 0 if self.part == "stem" else int(self.part.removeprefix("stage")[0])
+        number = stage_number(self.part)
         channels = EXPANSION * STAGE_WIDTHS[number - 1] if number else STAGE_WIDTHS[0]
         # Strides make 4 up to stage 1, and 2 in each stage behind it.
         side = 32 * self._config["upsampling"] // (4 * 2 ** max(number - 1, 0))

@@ -59,7 +59,10 @@ RULES: dict[str, Rule] = {
     "progressive": (lambda v: isinstance(v, str), "a text"),
     "freeze.layers": (lambda v: isinstance(v, str), "a text"),
     "freeze.batch_norm": _choice("frozen", "train"),
-    "freeze.features": _choice(*part_names()),
+    "freeze.features": (
+        lambda v: v in part_names(),
+        f"one of {', '.join(part_names())} (a stage's last block has the stage's name)",
+    ),
     "augment.flip": SWITCH,
     "augment.crop_padding": _whole(0, 16),
     "augment.policy": _choice("none", "trivial"),

@@ -173,7 +173,7 @@ def check_devices() -> None:
         jax.devices()
     # Whatever a driver or a plug-in raises.
     except Exception as error:
-        platforms = f"JAX_PLATFORMS is {jax.config.jax_platforms!r}"
+        platforms = f"JAX_PLATFORMS is {jax.config.jax_platforms or 'not set'}"
         raise UserError(f"JAX finds no device ({one_line(error)}); {platforms}") from error
 
 

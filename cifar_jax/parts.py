@@ -14,3 +14,8 @@ def part_names(stage_blocks: Sequence[int] = STAGE_BLOCKS) -> tuple[str, ...]:
     for i, blocks in enumerate(stage_blocks, start=1):
         names += [f"stage{i}.block{j}" for j in range(1, blocks)] + [f"stage{i}"]
     return tuple(names)
+
+
+def stage_number(part: str) -> int:
+    """Returns in which stage a part is, from 1; the stem is in none, 0."""
+    return 0 if part == "stem" else int(part.partition(".")[0].removeprefix("stage"))

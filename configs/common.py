@@ -88,8 +88,8 @@ def _freeze() -> ml_collections.ConfigDict:
     freeze.batch_norm = "frozen"  # norms whose scale and bias are frozen keep their statistics;
     #                               "train": they do as model.batch_norm says
     freeze.features = "stage4"  # cifar_jax.features: the last frozen part, "stem" to "stage4", or
-    #                             a block, "stage2.block1"; its maps are cached, and what follows
-    #                             is trained on them
+    #                             a block within a stage, "stage2.block1"; its maps are cached, and
+    #                             what follows is trained on them
     return freeze
 
 

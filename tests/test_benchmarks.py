@@ -17,7 +17,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.models.resnet50 import ResNet50
 from experiments.benchmarks import limit, peers, resnet, scaling
 from experiments.benchmarks.hlo import Program
-from experiments.benchmarks.job import Job
+from experiments.benchmarks.job import LONG_TURN, Job
 from experiments.benchmarks.plain import PlainBackbone
 from experiments.gpu import throughput
 from tests.references import weights
@@ -109,7 +109,7 @@ def test_the_plain_network_is_ours(variant, dtype, bound):
 @pytest.mark.parametrize("work", ["train", "infer"])
 def test_the_plain_network_takes_turns_with_ours(work):
     """In processes of their own, as the command lets them."""
-    results = resnet.run(Job(work, 1, 64, "keras"), ["plain-jax"], rounds=1)
+    results = resnet.run(Job(work, 1, 16, "keras"), ["plain-jax"], rounds=1)
     assert [*results["summary"]] == ["ours", "plain-jax"]
     assert results["summary"]["plain-jax"]["gflops"] > 0
 
@@ -121,8 +121,28 @@ def test_keras_is_left_out_of_the_variant_it_has_not():
 
 
 def test_a_turn_is_long_enough():
-    assert (Job("train", 8, 32, "keras").calls, Job("train", 8, 8, "keras").calls) == (1, 2)
-    assert Job("train", 1, 8, "keras").images_a_turn == 1024
+    assert (Job("train", 8, 32, "keras").calls, Job("train", 8, 1, "keras").calls) == (1, 4)
+    assert Job("train", 1, 8, "keras").images_a_turn == 256
+    assert Job("train", 2, 32, "keras", LONG_TURN).calls == 8
+
+
+@pytest.mark.slow
+def test_keras_takes_the_fastest_of_its_ways(monkeypatch):
+    """Here one execution of both batches; every way is tried and trains."""
+    job, tried = Job("train", 1, 4, "keras", pixels_a_turn=8 * 32**2), []
+
+    def fastest(candidates):
+        ((name, way),) = candidates.items()
+        assert np.isfinite(way())
+        tried.append(name)
+        return {name: 1.0 if name.endswith("=2") else 2.0}
+
+    monkeypatch.setattr(peers, "fastest", fastest)
+    reports = [{}, {}]
+    peers.keras(job, iter(reports), backend="tensorflow", jit_compile=False)
+    assert tried == ["fit", "train_on_batch", "fit, steps_per_execution=2"]
+    assert all(report["settings"].endswith(tried[-1]) for report in reports)
+    assert np.isfinite(reports[-1]["loss"])
 
 
 @pytest.fixture
@@ -151,11 +171,11 @@ def results():
 def test_the_share_of_the_machines_rate_is_paired_by_round(results):
     summary, limits = results["summary"], results["limit"]
     assert (limits["fastest"], limits["gflops"]) == ("fast", 50)
-    share = 16 * results["gflop_per_image"] / 100  # the same in every round
+    share = 4 * results["gflop_per_image"] / 100  # the same in every round
     assert summary["ours"]["share"] == pytest.approx(share)
     assert summary["other"]["share"] == pytest.approx(share / 2)
     assert summary["other"]["ratio"] == summary["other"]["ratio_low"] == 2
-    assert summary["ours"]["image_ms"] == [125, 62.5, 250]
+    assert summary["ours"]["image_ms"] == [500, 250, 1000]
 
 
 def test_the_page_has_a_row_for_everybody(results):
@@ -164,7 +184,7 @@ def test_the_page_has_a_row_for_everybody(results):
     header, rule, ours, other = [[cell.strip() for cell in row] for row in cells]
     assert len(header) == len(rule) == len(ours) == len(other)
     assert (ours[0], other[0], other[header.index("ratio to ours")]) == ("ours", "other", "2.00")
-    share = 16 * results["gflop_per_image"] / 100
+    share = 4 * results["gflop_per_image"] / 100
     assert f"slow 5 (ours {10 * share:.0%}); fast 50 (ours {share:.0%})." in page
 
 

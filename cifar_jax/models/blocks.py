@@ -132,10 +132,7 @@ class Bottleneck(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Blocks of one resolution, named block1, block2, ...; the first one strides and projects.
-
-    A call runs one of them: the named one, or the last.
-    """
+    """Blocks of one resolution, named block1, block2, ...; the first one strides and projects."""
 
     def __init__(
         self,
@@ -147,7 +144,7 @@ class Stage(nnx.Module):
         remat: bool,
         layers: Layers,
     ):
-        self.last = f"block{blocks}"
+        self.last_block = f"block{blocks}"
         self.remat = remat
         for i in range(1, blocks + 1):
             first = i == 1
@@ -160,11 +157,13 @@ class Stage(nnx.Module):
             )
             setattr(self, f"block{i}", block)
 
-    def __call__(
-        self, x: jax.Array, block: str, *, mode: BatchNormMode, axis_name: str | None
+    def run(
+        self, block: str, x: jax.Array, *, mode: BatchNormMode, axis_name: str | None
     ) -> jax.Array:
+        """Runs one block, such as "block2", on maps [B, H, W, C]."""
+
         def run(block: Bottleneck, x: jax.Array) -> jax.Array:
             return block(x, mode=mode, axis_name=axis_name)
 
         run = nnx.remat(run) if self.remat else run
-        return run(getattr(self, block or self.last), x)
+        return run(getattr(self, block), x)

@@ -18,7 +18,7 @@ from cifar_jax.models.stem import conv_of_repeated
 from cifar_jax.parts import STAGE_BLOCKS, part_names
 
 STAGE_WIDTHS = (64, 128, 256, 512)
-LAST = "stage4"
+LAST_PART = "stage4"
 IMAGENET_CLASSES = 1000
 
 
@@ -85,7 +85,7 @@ class ResNet50(nnx.Module):
     ) -> jax.Array:
         """The last of `features`: the logits, or without a top the maps of stage 4."""
         outputs = self.features(x, train=train, axis_name=axis_name, repeats=repeats)
-        return outputs[LAST if self.top is None else "logits"]
+        return outputs[LAST_PART if self.top is None else "logits"]
 
     def features(
         self,
@@ -94,7 +94,7 @@ class ResNet50(nnx.Module):
         train: bool,
         axis_name: str | None = None,
         repeats: int = 1,
-        until: str = LAST,
+        until: str = LAST_PART,
     ) -> dict[str, jax.Array]:
         """Every stage's output by name, from one forward pass.
 
@@ -119,7 +119,7 @@ class ResNet50(nnx.Module):
             "stem": x,
             **self.after("stem", x, train=train, axis_name=axis_name, until=until),
         }
-        if until != LAST:
+        if until != LAST_PART:
             return outputs
         outputs["pooled"] = outputs[until].mean((1, 2))
         if self.top is not None:
@@ -133,7 +133,7 @@ class ResNet50(nnx.Module):
         *,
         train: bool,
         axis_name: str | None = None,
-        until: str = LAST,
+        until: str = LAST_PART,
     ) -> dict[str, jax.Array]:
         """Runs the blocks behind a part, up to another one.
 
@@ -150,8 +150,9 @@ class ResNet50(nnx.Module):
         mode = self.batch_norm if train else "eval"
         outputs = {}
         for name in self.parts[self.parts.index(part) + 1 : self.parts.index(until) + 1]:
-            stage, _, block = name.partition(".")
-            x = getattr(self, stage)(x, block, mode=mode, axis_name=axis_name)
+            stage_name, _, block = name.partition(".")
+            stage = getattr(self, stage_name)
+            x = stage.run(block or stage.last_block, x, mode=mode, axis_name=axis_name)
             if not block or name == until:
                 outputs[name] = x
         return outputs

@@ -8,7 +8,7 @@ from flax import nnx
 
 from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
-from cifar_jax.models.resnet50 import LAST, ResNet50
+from cifar_jax.models.resnet50 import LAST_PART, ResNet50
 from cifar_jax.models.stem import interpolate_pixels, repeat_pixels
 
 UPSAMPLINGS = range(1, 9)
@@ -215,7 +215,7 @@ class TransferClassifier(nnx.Module):
         *,
         train: bool,
         axis_name: str | None = None,
-        part: str = LAST,
+        part: str = LAST_PART,
     ) -> jax.Array:
         """A part's maps; the head reads the last one's, [B, upsampling, upsampling, 2048]."""
         # Affine per channel, so it may as well come before the upsampling, on fewer pixels.
@@ -251,7 +251,7 @@ class TailClassifier(nnx.Module):
     ) -> jax.Array:
         """Logits of maps [B, h, w, C]; a pooled head also takes the means of the last maps."""
         behind = self.backbone.after(self.part, maps, train=train, axis_name=axis_name)
-        return self.head(behind.get(LAST, maps), train=train, keys=keys, axis_name=axis_name)
+        return self.head(behind.get(LAST_PART, maps), train=train, keys=keys, axis_name=axis_name)
 
 
 def keep_parts(model: TransferClassifier, parts: Collection[str]) -> TransferClassifier:
@@ -261,7 +261,7 @@ def keep_parts(model: TransferClassifier, parts: Collection[str]) -> TransferCla
         backbone.stem_conv = backbone.stem_norm = None
     for name in backbone.parts[1:]:
         if name not in parts:
-            stage, _, block = name.partition(".")
-            stage = getattr(backbone, stage)
-            setattr(stage, block or stage.last, None)
+            stage_name, _, block = name.partition(".")
+            stage = getattr(backbone, stage_name)
+            setattr(stage, block or stage.last_block, None)
     return model

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cifar_jax.phases import UPSAMPLINGS
-from experiments.benchmarks.job import SAMPLE, Job
+from experiments.benchmarks.job import SAMPLE, SHORT_TURN, Job
 
 
 def make_parser(doc: str, *, rounds: int = 7) -> argparse.ArgumentParser:
@@ -46,9 +46,10 @@ def read_job(
     *,
     work: str = "train",
     variant: str = "keras",
+    pixels_a_turn: int = SHORT_TURN,
 ) -> Job:
     """Returns the job of `add_size`'s options; ends the process if it has more images than lie."""
-    job = Job(work, options.upsampling, options.batch_size, variant)
+    job = Job(work, options.upsampling, options.batch_size, variant, pixels_a_turn)
     if job.images_a_turn > SAMPLE:
         parser.error(
             f"--batch-size={job.batch_size}: a turn needs {job.images_a_turn:,} images; "

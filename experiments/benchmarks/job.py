@@ -14,9 +14,9 @@ from experiments.benchmarks.interleaved import Turns
 WORKS = ("train", "infer", "features")
 LEARNING_RATE = 2e-5  # the notebook's
 SAMPLE = 2_000  # training images that are shipped
-# Of upsampled images, at least: small ones would be over too soon, and several batches are what
-# Keras's steps_per_execution needs.
-PIXELS_A_TURN = 16 * 256**2
+# Pixels of upsampled images in one turn, at least: small ones would be over too soon. Keras's
+# steps_per_execution needs several batches.
+SHORT_TURN, LONG_TURN = 4 * 256**2, 16 * 256**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Job:
     upsampling: int  # of 32 pixels, by repetition
     batch_size: int
     variant: str  # of the network: "keras" or "torchvision"
+    pixels_a_turn: int = SHORT_TURN
 
     @property
     def size(self) -> int:
@@ -36,7 +37,7 @@ class Job:
     @property
     def calls(self) -> int:
         """Batches in one turn."""
-        return math.ceil(PIXELS_A_TURN / (self.batch_size * self.size**2))
+        return math.ceil(self.pixels_a_turn / (self.batch_size * self.size**2))
 
     @property
     def images_a_turn(self) -> int:

@@ -174,10 +174,11 @@ def keras(job: Job, turns: Turns, *, backend: str, jit_compile: bool) -> None:
         for_each(model.predict_on_batch, batches)
 
     # By name: what is called, and the steps of one execution.
-    ways = {"fit": (fit, 1), "train_on_batch": (train_on_batch, 1)}
-    if job.calls > 1:
-        ways[f"fit, steps_per_execution={job.calls}"] = (fit, job.calls)
-    if job.work != "train":
+    if job.work == "train":
+        ways = {"fit": (fit, 1), "train_on_batch": (train_on_batch, 1)}
+        if job.calls > 1:
+            ways[f"fit, steps_per_execution={job.calls}"] = (fit, job.calls)
+    else:
         ways = {"predict_on_batch": (predict_on_batch, 1)}
     seconds = {}
     for name, (way, steps) in ways.items():

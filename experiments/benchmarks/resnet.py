@@ -18,7 +18,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved, limit, ours, peers
 from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Report
-from experiments.benchmarks.job import WORKS, Job, keeping_memory
+from experiments.benchmarks.job import LONG_TURN, WORKS, Job, keeping_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
@@ -159,7 +159,8 @@ def parse_options() -> tuple[Job, argparse.Namespace]:
         "--contenders", nargs="+", metavar="NAME", help=f"of {', '.join(CONTENDERS)}; default: all"
     )
     options = parser.parse_args()
-    job = read_job(parser, options, work=options.work, variant=options.variant)
+    settings = dict(work=options.work, variant=options.variant, pixels_a_turn=LONG_TURN)
+    job = read_job(parser, options, **settings)
     unknown = set(options.contenders or ()) - set(offered(job))
     if unknown:
         parser.error(f"{', '.join(sorted(unknown))}: not among {', '.join(offered(job))}")

@@ -6,6 +6,7 @@ Of each kind one setting varies; the others are 64 px, 32 images, all cores, one
 virtual: they share the same cores, and show what dividing the work costs.
 """
 
+import dataclasses
 import functools
 import itertools
 import os
@@ -16,7 +17,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import Report, Turns
-from experiments.benchmarks.job import Job, keeping_memory, make_stacks, take_turns
+from experiments.benchmarks.job import LONG_TURN, Job, keeping_memory, make_stacks, take_turns
 from experiments.benchmarks.ours import Training, create_ours
 
 CORES = interleaved.usable_cores()
@@ -44,7 +45,7 @@ def contender(setting: dict[str, int], turns: Turns) -> None:
 def many_steps(setting: dict[str, int], turns: Turns) -> None:
     """Our step on several batches again and again, and what the process holds after each turn."""
     _limit(setting)
-    job = _job(setting)
+    job = dataclasses.replace(_job(setting), pixels_a_turn=LONG_TURN)
     training, stacks = Training(*create_ours(job)), make_stacks(job)
     stacks = list(itertools.islice(itertools.cycle(stacks), MEMORY_STEPS))
     for report in turns:
@@ -123,7 +124,7 @@ def format_results(results: dict[str, Any]) -> str:
     if memory := results["memory"]:
         held = ", ".join(f"{report['resident_mb']:.0f}" for report in memory)
         pages.append(
-            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps on {_job(USUAL).calls} "
+            f"Memory held (MB) over {MEMORY_TURNS * MEMORY_STEPS:,} steps on several "
             f"batches in turn, {USUAL['size']} px and {USUAL['batch']} images, after every "
             f"{MEMORY_STEPS}, the first {MEMORY_STEPS} left out: {held}."
         )

@@ -14,6 +14,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,7 @@ def main() -> None:
     hashes = {case: program_hash(program) for case, program in lowered.items()}
     by_case = {Case(**each["case"]): each for each in programs}
     by_case = {case: each for case, each in by_case.items() if each["hash"] == hashes.get(case)}
+    write_cases(by_case)
     for case in CASES:
         if case not in by_case:
             print(f"compiling {case}", flush=True)
@@ -156,8 +158,13 @@ def main() -> None:
                 "date": datetime.now(UTC).date().isoformat(),
                 "program": measure(case, lowered[case]),
             }
-        results = {"programs": [by_case[each] for each in CASES if each in by_case]}
-        write_results(RESULTS, results, text=format_results(results))
+            write_cases(by_case)
+
+
+def write_cases(by_case: Mapping[Case, Any]) -> None:
+    """Writes what is known of the cases, in their order."""
+    results = {"programs": [by_case[case] for case in CASES if case in by_case]}
+    write_results(RESULTS, results, text=format_results(results))
 
 
 if __name__ == "__main__":
