@@ -192,9 +192,10 @@ def test_plain_sums_are_left_where_they_lose_digits(deviations):
 
 
 @pytest.mark.parametrize("distance", [0, 5, 50], ids="mean {} deviations from 0".format)
-def test_moments_are_the_same_on_every_platform(distance, x64):
+def test_sums_are_the_same_on_every_platform(distance, x64):
     """What a CPU sums plainly, where that is safe, other platforms sum with a shift."""
-    x = np.random.default_rng(0).normal(2 * distance, 2, (4, 3, 2, 5))
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(2 * distance, 2, (4, 3, 2, 5)), rng.normal(size=(4, 3, 2, 5))
     mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))
     for moments in (
         batch_norm._plain_moments(x, 1e-3, None),
@@ -202,6 +203,10 @@ def test_moments_are_the_same_on_every_platform(distance, x64):
     ):
         np.testing.assert_allclose(moments[0], mean, rtol=EXACT, atol=EXACT)
         np.testing.assert_allclose(moments[1], var, rtol=1e-11)  # some 100 x 1e-16 at the limit
+    inverse = 1 / np.sqrt(var)
+    expected = dy.sum((0, 1, 2)), (dy * (x - mean)).sum((0, 1, 2))
+    for sums in (batch_norm._plain_sums, batch_norm._centred_sums):
+        np.testing.assert_allclose(sums(dy, x, mean, inverse), expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("convention", [KERAS, TORCH], ids=["keras", "torch"])

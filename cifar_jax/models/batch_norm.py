@@ -128,13 +128,15 @@ def _normalize_forward(x, scale, bias, running_mean, epsilon, axis_name):
 def _normalize_backward(epsilon, axis_name, saved, gradients):
     x, scale, mean, inverse = saved
     dy = gradients[0]
-    along = functools.partial(jnp.broadcast_to, shape=x.shape)
-    centred = x.astype(dy.dtype) - along(mean)
-    sum_dy, sum_dy_centred = _sum(dy), _sum(dy * centred)
+    wide = x.astype(dy.dtype)
+    sum_dy, sum_dy_centred = lax.platform_dependent(
+        dy, wide, mean, inverse, cpu=_plain_sums, default=_centred_sums
+    )
     count = float(x.size // x.shape[-1])  # a slice of chips has more than an int32 counts
     mean_dy, mean_dy_centred = _pmean((sum_dy / count, sum_dy_centred / count), axis_name)
+    along = functools.partial(jnp.broadcast_to, shape=x.shape)
     slope = jnp.square(inverse) * mean_dy_centred
-    dx = along(scale * inverse) * (dy - along(mean_dy) - centred * along(slope))
+    dx = along(scale * inverse) * (dy - along(mean_dy) - (wide - along(mean)) * along(slope))
     d_scale = (sum_dy_centred * inverse).astype(scale.dtype)
     return dx.astype(x.dtype), d_scale, sum_dy.astype(scale.dtype), jnp.zeros_like(mean)
 
@@ -169,6 +171,27 @@ def _plain_moments(
         is_safe,
         lambda: (first, jnp.maximum(var, 0)),
         lambda: _shifted_moments(x, first, axis_name),
+    )
+
+
+def _centred_sums(
+    dy: jax.Array, x: jax.Array, mean: jax.Array, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of dy and of dy * (x - mean), over all axes but the last."""
+    del inverse
+    return _sum(dy), _sum(dy * (x - jnp.broadcast_to(mean, x.shape)))
+
+
+def _plain_sums(
+    dy: jax.Array, x: jax.Array, mean: jax.Array, inverse: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`_centred_sums` without the difference, where that is safe: see `_plain_moments`."""
+    sum_dy = _sum(dy)
+    is_safe = jnp.all(jnp.square(mean * inverse) <= _SAFE)
+    return lax.cond(
+        is_safe,
+        lambda: (sum_dy, _sum(dy * x) - mean * sum_dy),
+        lambda: _centred_sums(dy, x, mean, inverse),
     )
 
 

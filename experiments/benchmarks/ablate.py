@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "numpy")
 # Some paths are worth 2 or 3 %: 7 do not show them. In twice as many as there are contenders each
 # follows each other equally often.
-ROUNDS = 16
+ROUNDS = 18
 
 
 def ours_without(path: str, job: Job, turns: Turns) -> None:

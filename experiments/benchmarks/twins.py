@@ -47,6 +47,10 @@ def _normalize(x, scale, bias, running_mean, epsilon, axis_name):
     return y, mean.ravel(), var.ravel()
 
 
+def _centred_sums(dy, x, mean, inverse):
+    return batch_norm._centred_sums(dy, x, mean, inverse)
+
+
 def _two_pass_moments(x, epsilon, axis_name):
     del epsilon
     return batch_norm._shifted_moments(x, batch_norm._mean(x), axis_name)
@@ -64,5 +68,6 @@ TWINS = {
     "products of patches for tiny maps": Twin(blocks, "convolve", jax.lax.conv_general_dilated),
     "batch norm's gradient written out": Twin(batch_norm, "normalize", _normalize),
     "moments from plain sums": Twin(batch_norm, "_plain_moments", _two_pass_moments),
+    "gradient from plain sums": Twin(batch_norm, "_plain_sums", _centred_sums),
     "a loop of one is no loop": Twin(parallel, "scan_train_steps", _looped_steps),
 }
