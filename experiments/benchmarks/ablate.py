@@ -1,6 +1,6 @@
 """Times the training step without each of its fast paths: what each of them buys alone.
 
-    python -m experiments.benchmarks.ablate [--upsampling=4] [--batch-size=16]
+    python -m experiments.benchmarks.ablate [--upsampling=4] [--batch-size=16] [--paths PATH ...]
 
 In each contender one path of `twins.py` is replaced by its plain twin. README.md has the findings.
 """
@@ -33,16 +33,18 @@ def ours_without(path: str, job: Job, turns: Turns) -> None:
 
 def main() -> None:
     """Runs the benchmark and writes its results."""
-    parser = make_parser(__doc__, rounds=ROUNDS)
-    add_size(parser, upsampling=4, batch_size=16)
-    options = parser.parse_args()
-    job = read_job(parser, options)
-    machine = interleaved.describe_machine(PACKAGES)
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     from experiments.benchmarks.twins import TWINS
 
+    parser = make_parser(__doc__, rounds=ROUNDS)
+    add_size(parser, upsampling=4, batch_size=16)
+    add = parser.add_argument
+    add("--paths", nargs="+", choices=TWINS, default=[*TWINS], metavar="PATH", help="default: all")
+    options = parser.parse_args()
+    job = read_job(parser, options)
+    machine = interleaved.describe_machine(PACKAGES)
     contenders = {"ours": functools.partial(keeping_memory, ours.ours, job)}
-    for path in TWINS:
+    for path in options.paths:
         run = functools.partial(ours_without, path)
         contenders[f"without: {path}"] = functools.partial(keeping_memory, run, job)
     interleaved.write_comparison(
