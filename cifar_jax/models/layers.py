@@ -86,9 +86,9 @@ def convolve(
         (length + sum(pad) - k) // stride + 1
         for length, pad, k, stride in zip(x.shape[1:3], padding, size, strides, strict=True)
     ]
-    others = ("lhs_dilation", "rhs_dilation", "feature_group_count", "preferred_element_type")
+    others = ("lhs_dilation", "rhs_dilation", "feature_group_count")
+    others += ("preferred_element_type", "precision")
     is_plain = all(set(np.ravel(options.get(name))) <= {None, 1} for name in others)
-    is_plain = is_plain and options.get("precision") is None
     if math.prod(outputs) >= math.prod(size) or not is_plain:
         return lax.conv_general_dilated(x, kernel, strides, padding, **options)
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))

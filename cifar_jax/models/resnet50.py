@@ -18,7 +18,7 @@ from cifar_jax.models.stem import conv_of_repeated
 from cifar_jax.parts import STAGE_BLOCKS, part_names
 
 STAGE_WIDTHS = (64, 128, 256, 512)
-LAST_PART = "stage4"
+LAST_PART = part_names()[-1]
 IMAGENET_CLASSES = 1000
 
 

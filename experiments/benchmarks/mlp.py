@@ -20,6 +20,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.command import make_parser
 from experiments.benchmarks.interleaved import Turns
+from experiments.benchmarks.peers import compile_keras
 
 BATCH_SIZE = 32
 LEARNING_RATE = 1e-3
@@ -143,13 +144,8 @@ def create_keras_model(
             layers.Dense(10),
         ]
     )
-    model.compile(
-        optimizer=keras.optimizers.RMSprop(LEARNING_RATE),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        jit_compile=jit_compile,
-        steps_per_execution=steps_per_execution,
-    )
+    options = dict(jit_compile=jit_compile, steps_per_execution=steps_per_execution)
+    compile_keras(model, learning_rate=LEARNING_RATE, **options)
     return model
 
 

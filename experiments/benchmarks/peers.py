@@ -150,14 +150,10 @@ def keras(job: Job, turns: Turns, *, backend: str, jit_compile: bool) -> None:
     images, labels = load_images(job)
     model = create_keras(job)
 
-    def compile_for(steps_per_execution: int) -> None:
-        model.compile(
-            optimizer=library.optimizers.RMSprop(LEARNING_RATE),
-            loss=library.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-            jit_compile=jit_compile,
-            steps_per_execution=steps_per_execution,
-        )
+    def compile_for(steps: int) -> None:
+        if not model.compiled or model.steps_per_execution != steps:  # else it would do it again
+            options = dict(jit_compile=jit_compile, steps_per_execution=steps)
+            compile_keras(model, learning_rate=LEARNING_RATE, **options)
 
     def fit() -> float:
         history = model.fit(images, labels, batch_size=job.batch_size, shuffle=False, verbose=0)
@@ -188,6 +184,18 @@ def keras(job: Job, turns: Turns, *, backend: str, jit_compile: bool) -> None:
     way, steps = ways[best]
     compile_for(steps)
     take_turns(turns, way, f"{backend} backend, jit_compile={jit_compile}, {best}")
+
+
+def compile_keras(model, *, learning_rate: float, **options: Any) -> None:
+    """Compiles a Keras model of logits as the notebook does: RMSprop, sparse cross-entropy."""
+    import keras as library
+
+    model.compile(
+        optimizer=library.optimizers.RMSprop(learning_rate),
+        loss=library.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **options,
+    )
 
 
 def create_keras(job: Job):
