@@ -53,7 +53,7 @@ transfer: $(VENV)/installed
 	  exit $$code; }
 
 test: $(VENV)/installed-dev lint
-	$(PYTEST) --cov=cifar_jax --cov-report=term --cov-fail-under=90
+	$(PYTEST) -n 2 --dist=loadfile --cov=cifar_jax --cov-report=term --cov-fail-under=90
 
 test-slow: $(VENV)/installed-dev
 	$(PYTEST) -m slow

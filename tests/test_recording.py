@@ -8,6 +8,7 @@ import pathlib
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 
@@ -251,13 +252,15 @@ def test_every_read_of_the_test_split_is_counted(tmp_path):
 
 def test_environment_is_described(monkeypatch):
     monkeypatch.setattr(run_record, "PACKAGES", ("jax", "no-such-package"))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "cifar_jax.main", "--config=a b.py"])
     environment = run_record.describe_environment()
     json.dumps(environment)
     assert environment["versions"]["jax"] == jax.__version__
     assert environment["versions"]["no-such-package"] is None
     assert environment["device_count"] == 8 and environment["device_kind"] == "cpu"
     assert environment["process_count"] == 1
-    assert environment["cpu"] and "pytest" in environment["command"]
+    assert environment["cpu"]
+    assert environment["command"] == "python -m cifar_jax.main '--config=a b.py'"
 
 
 def test_git_commit_and_dirty_flag(tmp_path, monkeypatch):
