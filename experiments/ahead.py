@@ -246,6 +246,11 @@ def collectives(hlo: str) -> list[dict[str, Any]]:
     return operations
 
 
+def all_reduces(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns those of a measured program's collectives that sum over the devices."""
+    return [each for each in row["collectives"] if each["name"] == "all-reduce"]
+
+
 def nbytes(tree: Any) -> int:
     """Returns the bytes of a tree of arrays, abstract or not, without padding."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -146,7 +146,8 @@ def test_a_row_of_tpus_adds_up_its_memory():
     reduces = [{"name": "all-reduce", "dtypes": ["f32"], "arrays": 3, "bytes": 2_000_000}] * 2
     mib = dict(arguments=1024, padding=1, outputs=512, aliased=512, temporaries=3000, code=72)
     program = {name: size * 2**20 for name, size in mib.items()}
-    program |= dict(steps_per_call=5, flop=7e9, bytes_accessed=8e9, collectives=reduces)
+    others = [{"name": "collective-permute", "dtypes": ["f32"], "arrays": 1, "bytes": 9_000_000}]
+    program |= dict(steps_per_call=5, flop=7e9, bytes_accessed=8e9, collectives=reduces + others)
     result = dict(case=vars(Case("resnet50", "jit", "v5e:2x4", 1024)), date="today")
     row = dict(zip(tpu.HEADER, tpu.format_row(result | {"program": program}), strict=True))
     assert [row[name] for name in ("arguments", "all", "of the chip's")] == [

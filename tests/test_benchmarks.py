@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cifar_jax import parallel
 from cifar_jax.errors import UserError
 from cifar_jax.models.resnet50 import ResNet50
-from experiments.benchmarks import limit, peers, resnet, scaling
+from experiments.benchmarks import limit, mlp_peers, peers, resnet, scaling
 from experiments.benchmarks.hlo import Program
 from experiments.benchmarks.job import LONG_TURN, Job
 from experiments.benchmarks.plain import PlainBackbone
@@ -145,6 +145,31 @@ def test_keras_takes_the_fastest_of_its_ways(monkeypatch):
     assert np.isfinite(reports[-1]["loss"])
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # within torch.compile
+def test_pytorchs_ways_through_an_epoch_of_the_mlp_agree():
+    """Compiled or not: losses of the second epoch, which depend on the updates of the first."""
+    rng = np.random.default_rng(0)
+    images = torch.from_numpy(rng.random((64, 3072), np.float32))
+    labels = torch.from_numpy(rng.integers(0, 10, 64))
+    losses = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        step = mlp_peers._create_torch_step(True, compiled)
+        epochs = [mlp_peers._torch_epoch(images, labels, *step, threads=1) for _ in range(2)]
+        losses.append(epochs)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != pytest.approx(losses[0][1], rel=1e-3)
+
+
+def test_the_work_of_an_mlp_is_what_pytorch_counts():
+    classify, *_ = mlp_peers._create_torch_step(False, False)
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = classify(torch.zeros(5, 3072), torch.zeros(5, dtype=torch.long))
+        loss.backward()
+    assert counter.get_total_flops() == 5 * limit.mlp_flop()
+
+
 @pytest.fixture
 def results():
     """Three rounds of a contender that is twice as slow as ours, on a machine that slows down."""
@@ -162,7 +187,7 @@ def results():
         "gflop_per_image": job.flop / 1e9,
         "machine": {"date": "2026-01-01", "cpu": "cpu", "cpu_count": 2}
         | {"platform": "", "load_average": (0, 0, 0), "python": "3"},
-        "limit": resnet.summarize_rates(rates),
+        "limit": limit.summarize_rates(rates),
         "summary": resnet.summarize(job, reports, rates),
         "reports": reports,
     }

@@ -145,7 +145,7 @@ def profile_step(job: Job, config: dict[str, Any], model) -> dict[str, Any]:
     unknown = durations.keys() - kinds.keys()
     by_kind, counts = Counter(), Counter(kinds[name] for name in durations.keys() - unknown)
     for name, duration in durations.items():
-        by_kind[kinds.get(name, "inside loops")] += duration / TRACED_STEPS
+        by_kind[kinds.get(name, "inside branches and loops")] += duration / TRACED_STEPS
     return {"seconds": seconds, "kinds": dict(by_kind.most_common()), "instructions": dict(counts)}
 
 

@@ -2,9 +2,13 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
-from experiments.benchmarks.interleaved import Turns
+import numpy as np
+
+from cifar_jax.memory import keep_freed_memory
+from experiments.benchmarks.interleaved import Report, Turns, usable_cores
 
 STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width
 CHANNELS = 2048
@@ -76,8 +80,15 @@ def image_flop(work: str, *, variant: str, upsampling: int) -> float:
     return 2 * macs * (3 if work == "train" else 1)
 
 
+def mlp_flop() -> int:
+    """Returns the same for one image and update of the MLP, whose image needs no gradient."""
+    first, *others = (32 * 32 * 3 * 64, 64 * 64, 64 * CLASSES)
+    return 2 * (2 * first + 3 * sum(others))
+
+
 def machine(turns: Turns) -> None:
     """Measures, every turn, the GFLOP/s of what runs fastest: large products, a 3x3 convolution."""
+    keep_freed_memory()
     probes = {**_xla_gemm(), **_torch_probes()}
     for report in turns:
         report["gflops"] = {
@@ -95,6 +106,51 @@ def best_seconds(work: Callable[[], object], *, repeats: int = REPEATS) -> float
     return min(times)
 
 
+def summarize_rates(rates: Sequence[Report]) -> dict[str, Any]:
+    """Returns what the machine ran fastest and its GFLOP/s, and those of all (medians)."""
+    medians = {
+        name: float(np.median([each["gflops"][name] for each in rates]))
+        for name in rates[0]["gflops"]
+    }
+    fastest = max(medians, key=medians.get)
+    return {"fastest": fastest, "gflops": medians[fastest], "all": medians}
+
+
+def add_shares(
+    summary: Mapping[str, dict[str, Any]],
+    reports: Mapping[str, Sequence[Report]],
+    rates: Sequence[Report],
+    *,
+    flop: float,
+) -> None:
+    """Adds to each row of `interleaved.summarize` its GFLOP/s, and their share of the machine's.
+
+    The share is paired by round, as the ratio is: the machine's rate drifts with all the others'.
+
+    Args:
+      summary: of the contenders, by name.
+      reports: what it is of.
+      rates: what `machine` reported in the same rounds.
+      flop: of a turn.
+    """
+    fastest = summarize_rates(rates)["fastest"]
+    for name, row in summary.items():
+        gflops = flop / np.array([each["seconds"] for each in reports[name]]) / 1e9
+        row["gflops"] = float(np.median(gflops))
+        row["shares"] = {
+            probe: float(np.median(gflops / [each["gflops"][probe] for each in rates]))
+            for probe in rates[0]["gflops"]
+        }
+        row["share"] = row["shares"][fastest]
+
+
+def format_rates(limits: Mapping[str, Any], shares: Mapping[str, float]) -> str:
+    """Returns what `summarize_rates` gave as a line, with our share of each."""
+    return "; ".join(
+        f"{name} {rate:.0f} (ours {shares[name]:.0%})" for name, rate in limits["all"].items()
+    )
+
+
 def _xla_gemm(side: int = 2048) -> dict[str, tuple[Callable[[], object], float]]:
     import jax
     import jax.numpy as jnp
@@ -107,6 +163,7 @@ def _xla_gemm(side: int = 2048) -> dict[str, tuple[Callable[[], object], float]]
 def _torch_probes(side: int = 2048) -> dict[str, tuple[Callable[[], object], float]]:
     import torch
 
+    torch.set_num_threads(usable_cores())
     a = torch.ones(side, side)
     shape = Convolution(side=56, features_in=256, features_out=256, kernel=3, stride=1)
     images, kernel = torch.ones(8, 256, 56, 56), torch.ones(256, 256, 3, 3)

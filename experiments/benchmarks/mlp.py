@@ -3,13 +3,13 @@
     python -m experiments.benchmarks.mlp [--rounds=9]
 
 Everybody trains the same model (3072-64-64-10, float32, RMSprop 1e-3) on the same 36,000 images in
-batches of 32, shuffles every epoch, and counts loss and accuracy. README.md says what is compared.
+batches of 32 and counts loss and accuracy; all but our bare step shuffle every epoch. README.md
+says what is compared.
 """
 
-import functools
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,14 @@ import numpy as np
 
 from cifar_jax.data import sources
 from cifar_jax.errors import exit_on_user_error
-from experiments.benchmarks import interleaved
-from experiments.benchmarks.command import make_parser
+from experiments.benchmarks import interleaved, limit, mlp_peers
+from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import Turns
-from experiments.benchmarks.peers import compile_keras
+from experiments.benchmarks.mlp_peers import BATCH_SIZE
 
-BATCH_SIZE = 32
-LEARNING_RATE = 1e-3
-STEPS_PER_EXECUTION = (1, 10, 32, 125, 1125)
-SPLIT_SEED = 42  # as in configs/common.py
+TRAIN_IMAGES = 36_000
+EPOCH_FLOP = TRAIN_IMAGES * limit.mlp_flop()
+MACHINE = "machine"
 ENDLESS = "1000 epochs"
 RESULTS = Path(__file__).parent / "results" / "mlp"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
@@ -99,145 +98,23 @@ def bare_step(turns: Turns) -> None:
     train_silently(prepare)
 
 
-def load_train_arrays() -> tuple[np.ndarray, np.ndarray]:
-    """Returns the training split as float32 [36000, 32, 32, 3] in 0..1 and int32 labels."""
-    from cifar_jax.data.sources import load
-    from cifar_jax.data.splits import make_splits
-
-    split = make_splits(load(), protocol="notebook", seed=SPLIT_SEED)["train"]
-    return split.images[split.indices].astype(np.float32) / 255, split.labels[split.indices]
-
-
-def keras_arrays(turns: Turns) -> None:
-    """Keras `fit` as the notebook calls it: arrays, everything else by default."""
-    images, labels = load_train_arrays()
-    model = create_keras_model(seed=0)
-    for report in turns:
-        history = model.fit(images, labels, batch_size=BATCH_SIZE, verbose=0)
-        report["loss"] = history.history["loss"][0]
-
-
-def keras_dataset(turns: Turns) -> None:
-    """Keras `fit` from `tf.data`, one step an execution."""
-    _keras(turns, steps_per_execution=(1,))
-
-
-def keras_tuned(turns: Turns) -> None:
-    """Keras `fit` from `tf.data` with the fastest `steps_per_execution`."""
-    _keras(turns, steps_per_execution=STEPS_PER_EXECUTION)
-
-
-def create_keras_model(
-    *, seed: int, jit_compile: bool | str = "auto", steps_per_execution: int = 1
-):
-    """Returns the compiled Keras model (Glorot-uniform kernels are its default)."""
-    import keras
-
-    keras.utils.set_random_seed(seed)
-    layers = keras.layers
-    model = keras.Sequential(
-        [
-            keras.Input((32, 32, 3)),
-            layers.Flatten(),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(64, activation="relu"),
-            layers.Dense(10),
-        ]
-    )
-    options = dict(jit_compile=jit_compile, steps_per_execution=steps_per_execution)
-    compile_keras(model, learning_rate=LEARNING_RATE, **options)
-    return model
-
-
-def _keras(turns: Turns, *, steps_per_execution: Sequence[int]) -> None:
-    import tensorflow as tf
-
-    images, labels = load_train_arrays()
-    dataset = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images))
-    dataset = dataset.batch(BATCH_SIZE).prefetch(tf.data.AUTOTUNE)
-
-    def epoch_with(jit_compile: bool, steps: int) -> Callable[[], float]:
-        model = create_keras_model(seed=0, jit_compile=jit_compile, steps_per_execution=steps)
-        return lambda: model.fit(dataset, shuffle=False, verbose=0).history["loss"][0]
-
-    candidates = {
-        f"jit_compile={jit_compile}, steps_per_execution={steps}": epoch_with(jit_compile, steps)
-        for jit_compile in (False, True)
-        for steps in steps_per_execution
-    }
-    _take_fastest(turns, candidates)
-
-
-def _take_fastest(turns: Turns, candidates: dict[str, Callable[[], float]]) -> None:
-    tuning = interleaved.fastest(candidates)
-    settings = next(iter(tuning))
-    for report in turns:
-        report["loss"] = candidates[settings]()
-        report |= {"settings": settings, "tuning": tuning}
-
-
-def pytorch(turns: Turns) -> None:
-    """A tidy PyTorch loop over float tensors that lie ready in memory."""
-    import torch
-
-    images, labels = load_train_arrays()
-    images, labels = torch.from_numpy(images).flatten(1), torch.from_numpy(labels).long()
-    candidates = {
-        f"threads={threads}, foreach={foreach}": functools.partial(
-            _torch_epoch, images, labels, *_create_torch_model(foreach), threads=threads
-        )
-        for threads in (1, 2)
-        for foreach in (False, True)
-    }
-    _take_fastest(turns, candidates)
-
-
-def _create_torch_model(foreach: bool):
-    import torch
-    from torch.nn import Linear, ReLU
-
-    model = torch.nn.Sequential(Linear(3072, 64), ReLU(), Linear(64, 64), ReLU(), Linear(64, 10))
-    for kernel in (p for p in model.parameters() if p.ndim == 2):
-        torch.nn.init.xavier_uniform_(kernel)
-    # PyTorch's RMSprop has no fused form; alpha and eps are Keras's defaults.
-    optimizer = torch.optim.RMSprop(
-        model.parameters(), lr=LEARNING_RATE, alpha=0.9, eps=1e-7, foreach=foreach
-    )
-    return model, optimizer
-
-
-def _torch_epoch(images, labels, model, optimizer, *, threads: int) -> float:
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    torch.set_num_threads(threads)
-    loss_sum, correct = torch.zeros(()), torch.zeros((), dtype=torch.long)
-    for rows in torch.randperm(len(images)).split(BATCH_SIZE):
-        x, y = images[rows], labels[rows]
-        logits = model(x)
-        loss = cross_entropy(logits, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        loss_sum += loss.detach() * len(y)
-        correct += (logits.detach().argmax(1) == y).sum()
-    return float(loss_sum) / len(images)
-
-
 CONTENDERS = {
     "ours": ours,
     "ours, bare step": bare_step,
-    "Keras fit(x, y)": keras_arrays,
-    "Keras fit(tf.data)": keras_dataset,
-    "Keras fit(tf.data), best steps_per_execution": keras_tuned,
-    "PyTorch loop": pytorch,
+    "Keras fit(x, y)": mlp_peers.keras_arrays,
+    "Keras fit(x, y), on JAX": mlp_peers.keras_arrays_on_jax,
+    "Keras fit(tf.data)": mlp_peers.keras_dataset,
+    "Keras fit(tf.data), best steps_per_execution": mlp_peers.keras_tuned,
+    "PyTorch loop": mlp_peers.pytorch,
 }
 
 
 def format_results(results: dict[str, Any]) -> str:
     """Returns the Markdown page."""
     reports, machine = results["reports"], results["machine"]
-    header = ["", "seconds", "range", "ratio to ours", "95 % interval", "peak MB", "last loss"]
+    header = ["", "seconds", "range", "ratio to ours", "95 % interval", "peak MB"]
+    header += ["GFLOP/s", "share of the machine's rate", "last loss"]
+    rates = limit.format_rates(results["limit"], results["summary"]["ours"]["shares"])
     rows = [
         [
             name,
@@ -246,6 +123,8 @@ def format_results(results: dict[str, Any]) -> str:
             f"{s['ratio']:.2f}",
             f"{s['ratio_low']:.2f}-{s['ratio_high']:.2f}",
             f"{s['peak_mb']:,.0f}",
+            f"{s['gflops']:.0f}",
+            f"{s['share']:.0%}",
             f"{reports[name][-1]['loss']:.3f}",
         ]
         for name, s in results["summary"].items()
@@ -259,9 +138,12 @@ def format_results(results: dict[str, Any]) -> str:
         [
             "# One training epoch of the MLP",
             "",
-            f"Written by `python -m experiments.benchmarks.mlp`; {len(reports['ours'])} rounds.",
+            f"{written_by()}; {len(reports['ours'])} rounds.",
             "",
             interleaved.markdown_table(header, rows),
+            "",
+            f"By formula {results['gflop']:.1f} GFLOP an epoch. The machine's rate is that of the "
+            f"fastest of these, in GFLOP/s, measured every round: {rates}.",
             "",
             "Fastest settings, found in the warm-up:",
             "",
@@ -280,10 +162,15 @@ def main() -> None:
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    reports = interleaved.run(CONTENDERS, rounds=options.rounds)
+    reports = interleaved.run({**CONTENDERS, MACHINE: limit.machine}, rounds=options.rounds)
+    rates = reports.pop(MACHINE)
+    summary = interleaved.summarize(reports, base="ours")
+    limit.add_shares(summary, reports, rates, flop=EPOCH_FLOP)
     results = {
         "machine": machine,
-        "summary": interleaved.summarize(reports, base="ours"),
+        "gflop": EPOCH_FLOP / 1e9,
+        "limit": limit.summarize_rates(rates),
+        "summary": summary,
         "reports": reports,
     }
     interleaved.write_results(options.results or RESULTS, results, text=format_results(results))

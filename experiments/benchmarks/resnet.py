@@ -58,44 +58,21 @@ def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
         "job": {**vars(job), "size": job.size, "images_a_turn": job.images_a_turn},
         "gflop_per_image": job.flop / 1e9,
         "machine": machine,
-        "limit": summarize_rates(rates) | {"rates": [each["gflops"] for each in rates]},
+        "limit": limit.summarize_rates(rates) | {"rates": [each["gflops"] for each in rates]},
         "summary": summarize(job, reports, rates),
         "reports": reports,
     }
 
 
-def summarize_rates(rates: Sequence[Report]) -> dict[str, Any]:
-    """Returns what the machine ran fastest and its GFLOP/s, and those of all (medians)."""
-    medians = {
-        name: float(np.median([each["gflops"][name] for each in rates]))
-        for name in rates[0]["gflops"]
-    }
-    fastest = max(medians, key=medians.get)
-    return {"fastest": fastest, "gflops": medians[fastest], "all": medians}
-
-
 def summarize(
     job: Job, reports: Mapping[str, Sequence[Report]], rates: Sequence[Report]
 ) -> dict[str, dict[str, Any]]:
-    """Adds to `interleaved.summarize` the time of an image, and the share of the machine's rate.
-
-    The share is paired by round, as the ratio is: the machine's rate drifts with all the others'.
-    """
-    fastest = summarize_rates(rates)["fastest"]
+    """Adds to `interleaved.summarize` the time of an image, and the share of the machine's rate."""
     summary = interleaved.summarize(reports, base="ours")
+    limit.add_shares(summary, reports, rates, flop=job.flop * job.images_a_turn)
     for name, row in summary.items():
         seconds = np.array([each["seconds"] for each in reports[name]]) / job.images_a_turn
-        gflops = job.flop / seconds / 1e9
-        shares = {
-            probe: float(np.median(gflops / [each["gflops"][probe] for each in rates]))
-            for probe in rates[0]["gflops"]
-        }
-        row |= {
-            "image_ms": [float(1e3 * f(seconds)) for f in (np.median, np.min, np.max)],
-            "gflops": float(np.median(gflops)),
-            "shares": shares,
-            "share": shares[fastest],
-        }
+        row["image_ms"] = [float(1e3 * f(seconds)) for f in (np.median, np.min, np.max)]
     return summary
 
 
@@ -122,9 +99,6 @@ def format_results(results: dict[str, Any]) -> str:
             ]
         )
     shares = results["summary"]["ours"]["shares"]
-    rates = "; ".join(
-        f"{name} {rate:.0f} (ours {shares[name]:.0%})" for name, rate in limits["all"].items()
-    )
     return "\n".join(
         [
             f"# {TITLES[job['work']]}: {job['size']} px, batch {job['batch_size']}",
@@ -135,7 +109,7 @@ def format_results(results: dict[str, Any]) -> str:
             "",
             f"By formula {results['gflop_per_image']:.2f} GFLOP an image, the stem counted as the "
             "plain convolution that ours folds. The machine's rate is that of the fastest of "
-            f"these, in GFLOP/s, measured every round: {rates}.",
+            f"these, in GFLOP/s, measured every round: {limit.format_rates(limits, shares)}.",
             "",
             *(f"- {name}: {taken[-1]['settings']}" for name, taken in reports.items()),
             "",

@@ -21,7 +21,7 @@ import numpy as np
 from cifar_jax.data import sources
 from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
-from experiments.benchmarks.command import make_parser
+from experiments.benchmarks.command import make_parser, written_by
 
 RESULTS = Path(__file__).parent / "results" / "startup"
 PACKAGES = ("jax", "flax", "orbax-checkpoint", "tensorflow-cpu", "numpy")
@@ -116,6 +116,7 @@ def measurements(folder: Path) -> dict[str, tuple[float, str, Callable[[], float
 
 def format_results(results: dict) -> str:
     """Returns the Markdown page."""
+    runs = len(next(iter(results["measurements"].values()))["values"])
     rows = [
         [
             what,
@@ -128,7 +129,7 @@ def format_results(results: dict) -> str:
         [
             "# What a user waits for",
             "",
-            "Written by `python -m experiments.benchmarks.startup`.",
+            f"{written_by()}; {runs} runs of each.",
             "",
             interleaved.markdown_table(["", "median", "min", "max", "target: below"], rows),
             "",

@@ -3,7 +3,7 @@
     python -m experiments.gpu.run
 
 Needs JAX's CUDA plug-in (`make test-gpu` brings it) and no GPU. README.md says what is in the
-table; up to half a minute a program on two cores.
+table; up to a minute a program on two cores.
 """
 
 import argparse
@@ -21,7 +21,15 @@ from typing import Any
 import jax
 
 from cifar_jax.errors import UserError, exit_on_user_error
-from experiments.ahead import MEMORY, Case, lower, measure, run_config, total_memory
+from experiments.ahead import (
+    MEMORY,
+    Case,
+    all_reduces,
+    lower,
+    measure,
+    run_config,
+    total_memory,
+)
 from experiments.benchmarks.interleaved import markdown_table, write_results
 
 RESULTS = Path(__file__).parent / "results" / "programs"
@@ -98,7 +106,7 @@ def format_row(case: Case, row: Mapping[str, Any]) -> list[str]:
     if "refused" in row:
         return [*first, row["refused"], *[""] * (len(HEADER) - len(first) - 1)]
     total = total_memory(row)
-    reduces = [each for each in row["collectives"] if each["name"] == "all-reduce"]
+    reduces = all_reduces(row)
     largest = max(reduces, key=lambda each: each["bytes"], default=None)
     return [
         *first,

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from cifar_jax.errors import UserError, exit_on_user_error
-from experiments.ahead import MEMORY, Case, lower, measure, total_memory
+from experiments.ahead import MEMORY, Case, all_reduces, lower, measure, total_memory
 from experiments.benchmarks.interleaved import markdown_table, write_results
 
 RESULTS = Path(__file__).parent / "results" / "programs"
@@ -94,7 +94,7 @@ def format_row(result: dict[str, Any]) -> list[str]:
         blank = [""] * (len(HEADER) - len(first) - 2)
         return [*first, f"refused: {row['refused']}", *blank, result["date"]]
     sizes = [row[key] for key in ("arguments", "padding", "outputs", "aliased", "temporaries")]
-    total, reduces = total_memory(row), row["collectives"]
+    total, reduces = total_memory(row), all_reduces(row)
     largest = max(reduces, key=lambda each: each["bytes"])
     return [
         *first,
