@@ -23,7 +23,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax.config import check_version, flatten
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, tell
 from cifar_jax.memory import keep_freed_memory
 from cifar_jax.phases import UPSAMPLINGS
 
@@ -89,7 +89,12 @@ def average(
         check_same_images(data, splits, each.extra, workdir=each.name)
     plan = make_plan(config, train_count=len(splits["train"]))
     with jax.default_matmul_precision(config["matmul_precision"]):
-        model = _measured(_fill(config, plan.phases[-1], values), splits["train"], plan, images)
+        mean = _fill(config, plan.phases[-1], values)
+        model = _measured(mean, splits["train"], plan, images)
+    if model is mean:
+        tell("all batch norms are frozen: they keep their statistics")
+    else:
+        header = dataclasses.replace(header, source=f"{header.source}, with statistics of its own")
     leaves = model_leaves(split_model(model)[1])
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
     trained = load_trained(weights=dest)
@@ -171,7 +176,7 @@ def _fill(config: dict[str, Any], phase: "Phase", values: dict[str, Any]) -> "nn
 
 
 def _measured(model: "nnx.Module", train: "Split", plan: "Plan", count: int) -> "nnx.Module":
-    """Returns the model with its statistics on `count` images, in an epoch's first batches."""
+    """Returns `with_statistics_of` the model and `count` images, in an epoch's first batches."""
     from cifar_jax.data.pipeline import call_rows
     from cifar_jax.recording.progress import Counter
     from cifar_jax.statistics import with_statistics_of
@@ -218,7 +223,7 @@ def _header(checkpoints: list[_Checkpoint], upsampling: int | None, images: int)
     made_of = [*(each.header.sha256 for each in checkpoints), upsampling, images]
     return dataclasses.replace(
         header,
-        source=f"{mean}{sources}, with statistics of its own",
+        source=f"{mean}{sources}",
         sha256=hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
         upsampling=upsampling,
     )

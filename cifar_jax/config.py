@@ -111,8 +111,14 @@ RULES: dict[str, Rule] = {
 ONLY_RESNET50 = {
     "optimizer.head_rate": 1.0,
     "optimizer.layer_decay": 1.0,
+    "model.pretrained": "none",
+    "model.batch_norm": "train",
+    "model.remat": False,
     "model.test_time_flip": False,
 }
+# Beside the augmentations, what features that are computed once have no use for, unless it is off.
+NOT_WITH_FEATURES = ("progressive", "freeze.layers", "model.test_time_flip")
+OFF = (False, 0, "", "none")
 # Where a run stores, logs and looks may change between two starts; what it computes may not.
 MAY_CHANGE = frozenset(
     (
@@ -211,6 +217,35 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key} is {values[key]!r}; only a resnet50 has what it is for")
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
+
+
+def check_features(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration whose images have no features that could be kept.
+
+    Args:
+      config: as `to_dict` gives it.
+
+    Raises:
+      UserError: naming the key.
+    """
+    for key, value in flatten(config):
+        is_useless = key.split(".")[0] == "augment" or key in NOT_WITH_FEATURES
+        if is_useless and value not in OFF:
+            raise UserError(
+                f"config.{key} is {value!r}; features are computed once, of each image as it is, "
+                "by what config.freeze.features names"
+            )
+    config = config["model"]
+    if config["name"] != "resnet50":
+        raise UserError(
+            f'config.model.name is "{config["name"]}"; features come from a backbone: '
+            'expected "resnet50"'
+        )
+    if config["pretrained"] == "none":
+        raise UserError(
+            'config.model.pretrained is "none"; features of random weights are of no use: set '
+            '"keras", "torchvision" or the path of a file of weights'
+        )
 
 
 def check_version(saved: Mapping[str, Any], *, workdir: str) -> None:

@@ -3,9 +3,9 @@
     python -m cifar_jax.features --config=configs/resnet50_probe.py --workdir=runs/probe
 
 The features go to DIRECTORY/features/ (config.data.directory), under a name that stands for the
-weights, the images, and all else that they depend on: every later head on them takes seconds. The
-same command goes on where a stopped one left off. WORKDIR then holds the whole model, backbone and
-head, for predict and evaluate.
+weights, the images, and all else that they depend on: every later head on pooled ones takes
+seconds. The same command goes on where a stopped one left off. WORKDIR then holds the whole model,
+backbone and head, for predict and evaluate.
 """
 
 from cifar_jax.command import end, parse_flags, set_up_logging

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import ml_collections
 
 from cifar_jax.command import parse_flags, set_up_logging
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, tell
 from cifar_jax.memory import keep_freed_memory
 
 KS = (5, 10, 20, 50, 100, 200)
@@ -53,15 +53,16 @@ def evaluate_knn(
     from cifar_jax.data.splits import NAMES
     from cifar_jax.initial import find_weights
     from cifar_jax.neighbours import accuracy_by_k
-    from cifar_jax.parallel import check_devices
-    from cifar_jax.probe import check_features, feature_splits, load_backbone
+    from cifar_jax.parallel import check_batch_size, check_devices
+    from cifar_jax.probe import feature_splits, load_backbone
     from cifar_jax.setup import load_splits
     from cifar_jax.signals import StopSignal
 
     configuration.check(config)
     plain = configuration.to_dict(config)
-    check_features(plain)
+    configuration.check_features(plain)
     check_devices()
+    check_batch_size(plain["eval_batch_size"], key="eval_batch_size")
     for key, expected in (("model.head", "pooled"), ("freeze.features", "stage4")):
         found = dict(configuration.flatten(plain))[key]
         if found != expected:
@@ -73,6 +74,7 @@ def evaluate_knn(
         splits = {name: splits[name] for name in (NAMES if test else NAMES[:2])}
         splits = feature_splits(plain, data, splits, backbone, stop)
         if splits is None:
+            tell("stopped; the features so far are kept, and the same command goes on with them")
             sys.exit(128 + stop.received)
         found = {"validation": accuracy_by_k(splits["train"], splits["validation"], ks)}
         if test:

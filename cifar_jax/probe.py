@@ -39,9 +39,6 @@ from cifar_jax.state import model_leaves, named_leaves, split_model, trained_arr
 from cifar_jax.train import Result, run
 from cifar_jax.workdir import check_workdir
 
-# Beside the augmentations, what features that are computed once have no use for, unless it is off.
-NOT_WITH_FEATURES = ("progressive", "freeze.layers", "model.test_time_flip")
-OFF = (False, 0, "", "none")
 FORMAT_VERSION = 1  # of the features: another one makes them anew
 
 
@@ -65,7 +62,7 @@ def train_head(
     """
     configuration.check(config)
     plain = configuration.to_dict(config)
-    check_features(plain)
+    configuration.check_features(plain)
     workdir = pathlib.Path(workdir).expanduser().absolute()
     check_devices()
     if not has_checkpoints(workdir / HEAD_FOLDER):
@@ -158,35 +155,6 @@ def feature_key(
         "matmul_precision": config["matmul_precision"],
         "images_sha256": dict(images_sha256),
     }
-
-
-def check_features(config: Mapping[str, Any]) -> None:
-    """Refuses a configuration whose images have no features that could be kept.
-
-    Args:
-      config: as `config.to_dict` gives it.
-
-    Raises:
-      UserError: naming the key.
-    """
-    for key, value in configuration.flatten(config):
-        is_useless = key.split(".")[0] == "augment" or key in NOT_WITH_FEATURES
-        if is_useless and value not in OFF:
-            raise UserError(
-                f"config.{key} is {value!r}; features are computed once, of each image as it is, "
-                "by what config.freeze.features names"
-            )
-    config = config["model"]
-    if config["name"] != "resnet50":
-        raise UserError(
-            f'config.model.name is "{config["name"]}"; features come from a backbone: '
-            'expected "resnet50"'
-        )
-    if config["pretrained"] == "none":
-        raise UserError(
-            'config.model.pretrained is "none"; features of random weights are of no use: set '
-            '"keras", "torchvision" or the path of a file of weights'
-        )
 
 
 def feature_splits(

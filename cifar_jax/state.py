@@ -109,7 +109,7 @@ def without_ema(name: str) -> str:
 
 
 def count_parameters(state: TrainState) -> int:
-    """Returns the number of trainable numbers."""
+    """Returns the number of parameters, frozen ones among them; statistics are none."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 

@@ -16,6 +16,8 @@ def with_statistics_of(model: nnx.Module, batches: Iterable[np.ndarray]) -> nnx.
     `torch.optim.swa_utils.update_bn` does it (Izmailov et al., "Averaging Weights Leads to Wider
     Optima and Better Generalization", 2018, section 3.2).
 
+    Where no norm moves it is the model itself that is returned, after the first batch.
+
     Args:
       model: with batch norms; it is not changed.
       batches: images, uint8 [B, 32, 32, 3], at least one batch; all of one shape compile once.
@@ -37,6 +39,8 @@ def with_statistics_of(model: nnx.Module, batches: Iterable[np.ndarray]) -> nnx.
     sums, count = jax.tree.map(lambda x: np.zeros(x.shape), batch_stats), 0
     for images in batches:
         found = statistics_of(params, batch_stats, images, np.uint32(count))
+        if not count and jax.tree.all(jax.tree.map(np.array_equal, found, batch_stats)):
+            return model
         sums = jax.tree.map(lambda total, x: total + np.asarray(x, np.float64), sums, found)
         count += 1
     means = jax.tree.map(lambda total, x: (total / count).astype(x.dtype), sums, batch_stats)

@@ -12,7 +12,10 @@ The file is TOML: a table for each run, with its name and the fields that it set
     freeze.layers = "stem"
 
     [head_only]
-    command = "features"                # cifar_jax.features instead of cifar_jax.main
+    command = "features"                # cifar_jax.features instead of cifar_jax.main:
+    progressive = ""                    # of each image once, as it is
+    augment.flip = false
+    model.test_time_flip = false
     optimizer.learning_rate = 0.001
 
 Every run has a folder in WORKDIR and is what its own command would have made, but that the test
@@ -94,10 +97,12 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
     Raises:
       UserError: naming file and run.
     """
-    for name, (_, *flags) in runs.items():
+    for name, (module, *flags) in runs.items():
         try:
             values, _ = read_flags(["config"], ["sweep", *shared, *flags])
             configuration.check(values.config)
+            if module.endswith(".features"):
+                configuration.check_features(configuration.to_dict(values.config))
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from error
 

@@ -1,6 +1,7 @@
 """The shape of the code: imports go downwards, TensorFlow stays in its place, files stay short."""
 
 import ast
+import re
 
 import pytest
 
@@ -8,39 +9,20 @@ from tests.runs import ROOT
 
 PACKAGE = ROOT / "cifar_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# From the top down: a module imports only from its own line or from lines below it.
-LAYERS = [
-    ["main", "features", "sweep", "knn"],
-    ["command", "probe"],
-    [
-        "train",
-        "evaluate",
-        "predict",
-        "report",
-        "fetch_data",
-        "write_tfds",
-        "port_weights",
-        "average",
-    ],
-    ["setup"],
-    ["loop", "structures", "trained", "initial", "run_weights"],
-    ["workdir", "backbone", "feature_cache", "neighbours", "statistics"],
-    ["parallel"],
-    ["steps"],
-    ["checkpoint", "state", "recording", "signals", "plan"],
-    ["pretrained"],
-    ["models"],
-    ["optim", "losses", "metrics", "recipe"],
-    ["augment"],
-    ["trivial_augment"],
-    ["data"],
-    ["config"],
-    ["phases"],
-    ["durations", "parts", "picture", "labels", "download", "lock", "memory"],
-    ["errors"],
-    ["__init__"],
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def rows_of_the_readme():
+    """By module or folder the number of its row in the README's table of the code."""
+    table = (ROOT / "README.md").read_text().partition("| file | |")[2].partition("\n\n")[0]
+    return {
+        name: number
+        for number, row in enumerate(table.splitlines())
+        for name in re.findall(r"`(\w+)(?:\.py|/)`", row.split("|")[1] if "|" in row else "")
+    }
+
+
+# A module imports only from its own row or from rows below it.
+LEVEL = rows_of_the_readme() | {"__init__": 999}
 
 
 def imported_modules(path):
@@ -54,6 +36,10 @@ def imported_modules(path):
         else:
             continue
         yield from ((name, node in tree.body) for name in names)
+
+
+def test_every_module_has_a_row():
+    assert {part(path) for path in FILES} == LEVEL.keys()
 
 
 def part(path):

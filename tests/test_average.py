@@ -167,6 +167,18 @@ def test_what_was_frozen_keeps_its_statistics(tmp_path, sample, sample_splits):
             assert np.array_equal(found[name], second[name]) == is_frozen, name
 
 
+@pytest.mark.slow
+def test_where_all_norms_were_frozen_nothing_is_measured(tmp_path, sample, sample_splits, capsys):
+    _, latest = save_run(tmp_path / "run", sample, sample_splits, batch_norm="frozen")
+    dest = tmp_path / "a.safetensors"
+    average.average([tmp_path / "run"], dest, upsampling=2)
+    found = port.read(dest)
+    assert found.header.source == "run, step 5" and found.header.upsampling == 2
+    for name, x in found.values.items():
+        np.testing.assert_array_equal(x, latest[name], err_msg=name)
+    assert "all batch norms are frozen: they keep their statistics" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -226,7 +238,7 @@ def test_what_no_average_can_be_made_of(run, tmp_path):
     with pytest.raises(UserError, match="holds no latest checkpoint"):
         average.average([tmp_path], dest, checkpoint="all")
     with pytest.raises(UserError, match="run is named 2 times"):
-        average.average([run[0], tmp_path / ".." / run[0]], dest)
+        average.average([run[0], run[0] / ".." / run[0].name], dest)
     (tmp_path / "probe" / HEAD_FOLDER).mkdir(parents=True)
     with pytest.raises(UserError, match="a head on frozen features"):
         average.average([tmp_path / "probe"], dest)

@@ -628,7 +628,10 @@ def damage_the_cache(place, config):
 
 BAD = {
     "no weights": (["--config.model.pretrained=none"], "config.model.pretrained is"),
-    "the MLP": (["--config.model.name=mlp"], "config.model.name is"),
+    "the MLP": (
+        [f"--config.model.{x}" for x in ("name=mlp", "pretrained=none", "batch_norm=train")],
+        "config.model.name is",
+    ),
     "missing weights": (["--config.model.pretrained=no.pth"], "no.pth"),
     "another variant": (["--config.model.variant=keras"], "config.model.variant=torchvision"),
     "unknown head": (["--config.model.head=none"], "config.model.head"),
@@ -785,6 +788,8 @@ def test_neighbours_are_found_among_cached_features(
     assert knn.evaluate_knn(module_config, (1,), test=False).keys() == {"validation"}
 
 
-def test_neighbours_need_pooled_features(module_config):
+def test_neighbours_need_pooled_features_and_equal_shares(module_config):
     with pytest.raises(UserError, match='config.model.head is "flatten"; neighbours need "pooled"'):
         knn.evaluate_knn(changed(module_config, model__head="flatten"), (1,), test=False)
+    with pytest.raises(UserError, match="config.eval_batch_size is 20; .* the 8 devices"):
+        knn.evaluate_knn(changed(module_config, eval_batch_size=20), (1,), test=False)

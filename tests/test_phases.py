@@ -75,12 +75,19 @@ def test_adam_does_not_thaw():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("optimizer.layer_decay", 0.8), ("optimizer.head_rate", 3.0), ("model.test_time_flip", True)],
+    [
+        ("optimizer.layer_decay", 0.8),
+        ("optimizer.head_rate", 3.0),
+        ("model.test_time_flip", True),
+        ("model.pretrained", "torchvision"),
+        ("model.batch_norm", "frozen"),
+        ("model.remat", True),
+    ],
 )
-def test_an_mlp_has_no_groups(key, value):
+def test_an_mlp_has_no_use_for_it(key, value):
     config = mlp.get_config()
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=f"config.{key} is {value}; only a resnet50"):
+    with pytest.raises(UserError, match=f"config.{key} is {value!r}; only a resnet50"):
         configuration.check(config)
 
 

@@ -4,11 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 
 import pytest
 
 from cifar_jax import sweep
+from cifar_jax.errors import UserError
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from tests.runs import ROOT
 
@@ -91,6 +93,24 @@ def test_a_wrong_field_of_all_runs_is_told_before_the_first(files, tmp_path, cap
     told = capsys.readouterr().err
     assert caught.value.code == 2 and flag.strip("-")[:15] in told and told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_example_of_the_help_starts(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(textwrap.dedent(sweep.__doc__.split("sets.\n")[1].split("Every run has")[0]))
+    shared = [f"--config={ROOT / 'configs' / 'resnet50_cpu.py'}"]
+    runs = sweep.read_sweep(path)
+    assert list(runs) == ["slow", "frozen_stem", "head_only"]
+    sweep.check_runs(runs, shared, path)
+
+
+def test_a_head_that_has_no_use_for_a_field_is_told_before_the_first_run(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('[plain]\n\n[head]\ncommand = "features"\naugment.flip = true\n')
+    runs = sweep.read_sweep(path)
+    shared = [f"--config={ROOT / 'configs' / 'resnet50_probe.py'}"]
+    with pytest.raises(UserError, match="head: config.augment.flip is True; features are"):
+        sweep.check_runs(runs, shared, path)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Draws what each augmentation makes of the same eight images: augmentation.png.
+"""Draws what each augmentation makes of the same five images: augmentation.png.
 
 python -m experiments.augmentation.draw
 """
