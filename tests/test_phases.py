@@ -79,7 +79,6 @@ def test_adam_does_not_thaw():
         ("optimizer.layer_decay", 0.8),
         ("optimizer.head_rate", 3.0),
         ("model.test_time_flip", True),
-        ("model.pretrained", "torchvision"),
         ("model.batch_norm", "frozen"),
         ("model.remat", True),
     ],
