@@ -92,7 +92,7 @@ def average(
         mean = _fill(config, plan.phases[-1], values)
         model = _measured(mean, splits["train"], plan, images)
     if model is mean:
-        tell("all batch norms are frozen: they keep their statistics")
+        tell("no batch norm moves its statistics: none are measured")
     else:
         header = dataclasses.replace(header, source=f"{header.source}, with statistics of its own")
     leaves = model_leaves(split_model(model)[1])

@@ -14,6 +14,7 @@ STAGES = ((3, 64), (4, 128), (6, 256), (3, 512))  # blocks, width
 CHANNELS = 2048
 HIDDEN = (128, 64)  # of the notebook's head
 CLASSES = 10
+MACHINE = "machine"  # the contender that is no framework
 REPEATS = 3  # of each probe in a turn; the best counts
 
 

@@ -24,7 +24,6 @@ from experiments.benchmarks.mlp_peers import BATCH_SIZE
 
 TRAIN_IMAGES = 36_000
 EPOCH_FLOP = TRAIN_IMAGES * limit.mlp_flop()
-MACHINE = "machine"
 ENDLESS = "1000 epochs"
 RESULTS = Path(__file__).parent / "results" / "mlp"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
@@ -162,8 +161,8 @@ def main() -> None:
     # Everybody computes on the processor, and nobody logs.
     os.environ |= {"JAX_PLATFORMS": "cpu", "KERAS_BACKEND": "tensorflow"}
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
-    reports = interleaved.run({**CONTENDERS, MACHINE: limit.machine}, rounds=options.rounds)
-    rates = reports.pop(MACHINE)
+    reports = interleaved.run({**CONTENDERS, limit.MACHINE: limit.machine}, rounds=options.rounds)
+    rates = reports.pop(limit.MACHINE)
     summary = interleaved.summarize(reports, base="ours")
     limit.add_shares(summary, reports, rates, flop=EPOCH_FLOP)
     results = {

@@ -22,7 +22,6 @@ from experiments.benchmarks.job import LONG_TURN, WORKS, Job, keeping_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
-MACHINE = "machine"
 TITLES = {"train": "One training step", "infer": "Inference", "features": "Feature extraction"}
 CONTENDERS = {
     "ours": ours.ours,
@@ -52,8 +51,8 @@ def run(job: Job, names: Sequence[str], *, rounds: int) -> dict[str, Any]:
     """Lets our package and the named contenders take turns, the machine's own rate among them."""
     machine = interleaved.describe_machine(PACKAGES)
     workers = {name: functools.partial(CONTENDERS[name], job) for name in ("ours", *names)}
-    reports = interleaved.run({**workers, MACHINE: limit.machine}, rounds=rounds)
-    rates = reports.pop(MACHINE)
+    reports = interleaved.run({**workers, limit.MACHINE: limit.machine}, rounds=rounds)
+    rates = reports.pop(limit.MACHINE)
     return {
         "job": {**vars(job), "size": job.size, "images_a_turn": job.images_a_turn},
         "gflop_per_image": job.flop / 1e9,
