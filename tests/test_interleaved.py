@@ -4,6 +4,7 @@ import collections
 import importlib
 import itertools
 import os
+import signal
 import subprocess
 import sys
 
@@ -42,6 +43,11 @@ def aborting(turns):
     os.abort()
 
 
+def killed(turns):
+    next(turns)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_round_holds_everybody_once_in_its_order(tmp_path, monkeypatch):
     monkeypatch.setenv(ORDER, str(tmp_path / "order"))
     reports = interleaved.run({"first": first, "second": second}, rounds=3)
@@ -63,12 +69,17 @@ def test_everybody_follows_everybody_else_equally_often(count):
 
 def test_a_contender_that_aborts_leaves_the_others_their_rounds():
     workers = {"quick": quick, "aborting": aborting}
-    with pytest.raises(interleaved.DeadContender, match="of aborting ended"):
+    with pytest.raises(interleaved.DeadContender, match="of aborting ended before its turns did$"):
         interleaved.run(workers, rounds=1)
     reports, dead = run_survivors(workers, 2)
     assert set(dead) == {"aborting"}
     assert [report["loss"] for report in reports["quick"]] == [0.5] * 2
     assert run_survivors({"aborting": aborting}, 2)[0] == {}
+
+
+def test_a_contender_that_is_killed_is_told_to_want_memory():
+    with pytest.raises(interleaved.DeadContender, match="of killed ended .* want of memory: run f"):
+        interleaved.run({"quick": quick, "killed": killed}, rounds=1)
 
 
 COMMANDS = ("ablate", "layers", "loop", "resnet")

@@ -1,5 +1,6 @@
 """Freed memory is kept: the same block again costs no page faults."""
 
+import os
 import subprocess
 import sys
 
@@ -32,9 +33,10 @@ print(faults() - before)
 """
 
 
-def page_faults(keep: bool) -> int:
+def page_faults(keep: bool, **environment: str) -> int:
     command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    options = {"capture_output": True, "text": True, "check": True}
+    return int(subprocess.run(command, env=os.environ | environment, **options).stdout)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
@@ -42,6 +44,11 @@ def test_freed_memory_is_kept():
     # Measured: none, and 2,176: numpy asks for huge pages, else there were 65,536.
     assert page_faults(keep=True) < 20
     assert page_faults(keep=False) > 100
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_an_allocator_that_the_user_has_set_stays_as_set():
+    assert page_faults(keep=True, GLIBC_TUNABLES="glibc.malloc.hugetlb=1") > 100
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,11 @@ BOOTSTRAPS = 10_000
 class DeadContender(RunError):
     """A contender's process ended before its turns did; its own words are on stderr."""
 
-    def __init__(self, name: str):
-        super().__init__(f"the process of {name} ended before its turns did")
+    def __init__(self, name: str, exit_code: int | None):
+        told = f"the process of {name} ended before its turns did"
+        if exit_code == -signal.SIGKILL:
+            told += "; it was killed, most likely for want of memory: run fewer contenders at once"
+        super().__init__(told)
         self.name = name
 
 
@@ -61,15 +64,12 @@ def run(
         workers = {}
         for name, contender in contenders.items():
             say(f"setting up {name}")
-            with _blaming(name):
-                workers[name] = stack.enter_context(_worker(contender))
+            workers[name] = stack.enter_context(_worker(name, contender))
         reports = {name: [] for name in workers}
         for number in range(rounds + 1):
             before = None
             for name in order_of(list(workers), number):
-                with _blaming(name):
-                    workers[name].send(True)
-                    reports[name].append({**workers[name].recv(), "after": before})
+                reports[name].append({**workers[name](), "after": before})
                 before = name
             seconds = ", ".join(
                 f"{name} {taken[-1]['seconds']:.3f}" for name, taken in reports.items()
@@ -96,23 +96,29 @@ def usable_cores() -> int:
 
 
 @contextlib.contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    try:
-        yield
-    except (EOFError, ConnectionError) as error:  # nobody at the other end of the pipe
-        raise DeadContender(name) from error
-
-
-@contextlib.contextmanager
-def _worker(contender: Contender) -> Iterator[Connection]:
+def _worker(name: str, contender: Contender) -> Iterator[Callable[[], Report]]:
+    """Starts a contender's process and waits until it is set up; the value takes one turn."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(contender, theirs), daemon=True)
     process.start()
     theirs.close()  # so that a dead worker is an EOFError here
+
+    def receive() -> Report:
+        try:
+            return ours.recv()
+        except (EOFError, ConnectionError) as error:
+            process.join(30)
+            raise DeadContender(name, process.exitcode) from error
+
+    def take_turn() -> Report:
+        with contextlib.suppress(ConnectionError):  # if it has died, to receive will tell
+            ours.send(True)
+        return receive()
+
     try:
-        ours.recv()
-        yield ours
+        receive()
+        yield take_turn
     except KeyboardInterrupt:
         process.kill()
         raise
