@@ -12,20 +12,20 @@ _NEVER, _PADDING = -1, 64 << 20
 def keep_freed_memory() -> None:
     """Lets the process keep what it frees, to use it again; on Linux with glibc, else nothing.
 
-    Nothing either where the user has set the allocator: `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`
-    takes less memory for a little time (experiments/benchmarks/README.md).
+    Nothing either in a process with `GLIBC_TUNABLES=glibc.malloc.hugetlb=1`: large pages are the
+    way to less memory for a little more time (experiments/benchmarks/README.md).
 
     To be called before JAX is used: afterwards it was measured to make a step slower, not faster.
 
     XLA's CPU backend allocates the temporaries of every step anew, hundreds of megabytes. glibc
     maps such blocks from the system and gives them back, so that each step of a ResNet-50 pays for
-    some 200,000 page faults (256 px, batch 8), about 8 % of its time. The process keeps the most
-    that it ever held, and in many runs that is the temporaries twice: 6.4 GB are 11.3 then (256 px,
-    batch 32). For what it aligns to 64 bytes glibc needs 112 more, which are free again at once;
-    some small block of XLA's takes them, and if it still lives when the next step begins, the
-    temporaries' old place is too small by that much.
+    some 200,000 page faults (256 px, batch 8), 8 to 18 % of its time. The process keeps the most
+    that it ever held, and in many runs that is the temporaries twice: 4.0 GB where 2.7 would do.
+    For what it aligns to 64 bytes glibc needs 112 more, which are free again at once; some small
+    block of XLA's takes them, and if it still lives when the next step begins, the temporaries'
+    old place is too small by that much.
     """
-    if platform.libc_ver()[0] != "glibc" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+    if platform.libc_ver()[0] != "glibc" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):
         return
     mallopt = ctypes.CDLL(None).mallopt
     mallopt(_ARENA_MAX, 1)  # other arenas than the first hold no block of that size

@@ -43,6 +43,11 @@ def aborting(turns):
     os.abort()
 
 
+def failing(turns):
+    next(turns)
+    raise EOFError("a file is cut off")
+
+
 def killed(turns):
     next(turns)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -77,8 +82,14 @@ def test_a_contender_that_aborts_leaves_the_others_their_rounds():
     assert run_survivors({"aborting": aborting}, 2)[0] == {}
 
 
+def test_a_contender_that_fails_says_why_itself(capfd):
+    with pytest.raises(interleaved.DeadContender, match="of failing ended before its turns did$"):
+        interleaved.run({"failing": failing}, rounds=1)
+    assert "EOFError: a file is cut off" in capfd.readouterr().err
+
+
 def test_a_contender_that_is_killed_is_told_to_want_memory():
-    with pytest.raises(interleaved.DeadContender, match="of killed ended .* want of memory: run f"):
+    with pytest.raises(interleaved.DeadContender, match="of killed ended .* want of memory"):
         interleaved.run({"quick": quick, "killed": killed}, rounds=1)
 
 

@@ -1,6 +1,7 @@
 """Freed memory is kept: the same block again costs no page faults."""
 
 import os
+import platform
 import subprocess
 import sys
 
@@ -33,22 +34,26 @@ print(faults() - before)
 """
 
 
-def page_faults(keep: bool, **environment: str) -> int:
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
+
+
+def page_faults(keep: bool, tunables: str = "") -> int:
     command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
     options = {"capture_output": True, "text": True, "check": True}
-    return int(subprocess.run(command, env=os.environ | environment, **options).stdout)
+    environment = os.environ | {"GLIBC_TUNABLES": tunables}
+    return int(subprocess.run(command, env=environment, **options).stdout)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@glibc
 def test_freed_memory_is_kept():
     # Measured: none, and 2,176: numpy asks for huge pages, else there were 65,536.
     assert page_faults(keep=True) < 20
     assert page_faults(keep=False) > 100
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_an_allocator_that_the_user_has_set_stays_as_set():
-    assert page_faults(keep=True, GLIBC_TUNABLES="glibc.malloc.hugetlb=1") > 100
+@glibc
+def test_it_is_given_back_where_the_user_asks_for_large_pages():
+    assert page_faults(keep=True, tunables="glibc.malloc.hugetlb=1") > 100
 
 
 @pytest.mark.parametrize(

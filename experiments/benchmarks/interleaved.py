@@ -37,7 +37,7 @@ class DeadContender(RunError):
     def __init__(self, name: str, exit_code: int | None):
         told = f"the process of {name} ended before its turns did"
         if exit_code == -signal.SIGKILL:
-            told += "; it was killed, most likely for want of memory: run fewer contenders at once"
+            told += "; it was killed, most likely for want of memory (fewer contenders need less)"
         super().__init__(told)
         self.name = name
 
@@ -107,7 +107,7 @@ def _worker(name: str, contender: Contender) -> Iterator[Callable[[], Report]]:
     def receive() -> Report:
         try:
             return ours.recv()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             process.join(30)
             raise DeadContender(name, process.exitcode) from error
 
@@ -130,15 +130,17 @@ def _worker(name: str, contender: Contender) -> Iterator[Callable[[], Report]]:
 
 def _serve(contender: Contender, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who waits
-    with contextlib.suppress(EOFError):  # the end of the benchmark
-        contender(_turns(connection))
+    contender(_turns(connection))
 
 
 def _turns(connection: Connection) -> Turns:
     report: Report = {}
     while True:
         connection.send(report)
-        connection.recv()
+        try:
+            connection.recv()
+        except EOFError:  # the end of the benchmark
+            return
         report = {}
         start = time.perf_counter()
         yield report
