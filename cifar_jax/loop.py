@@ -19,6 +19,7 @@ from cifar_jax.checkpoint import Checkpointer
 from cifar_jax.data import pipeline
 from cifar_jax.data.splits import Split
 from cifar_jax.errors import RunError
+from cifar_jax.memory import release_freed_memory
 from cifar_jax.metrics import Metrics, Totals
 from cifar_jax.parallel import JitExecution, PmapExecution
 from cifar_jax.phases import Phase
@@ -162,6 +163,7 @@ class Loop:
             self.phase = phase
             self.state = self._in_phase(self.state)
             self._compiled_lengths.clear()
+            release_freed_memory()
             self.recorder.message(phase.describe())
 
     def _in_phase(self, state: TrainState) -> TrainState:
@@ -228,6 +230,7 @@ class Loop:
             self.settle()
         if evaluation_due and self.stop.received is None:
             accuracy = self.evaluate_and_record()
+            release_freed_memory()
             self._settled = time.perf_counter()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
         # A signal may come while the row is written: the best must be saved as such all the same.
@@ -242,9 +245,8 @@ class Loop:
             return None
         history = self.history
         validation = totals.means("validation_")
-        self.write_row(
-            self.step, "evaluation", history.since_evaluation.means("train_") | validation
-        )
+        train = history.since_evaluation.means("train_")
+        self.write_row(self.step, "evaluation", train | validation)
         history.since_evaluation = Totals()
         history.evaluated_step = self.step
         if self.phase.upsampling != self.plan.phases[-1].upsampling:

@@ -9,6 +9,16 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER, _PADDING = -1, 64 << 20
 
 
+def release_freed_memory() -> None:
+    """Gives the system back what is free right now; on Linux with glibc, else nothing.
+
+    For the end of an evaluation and the start of another phase: the program that follows cannot
+    use the places that others' temporaries had, or only one of them.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def keep_freed_memory() -> None:
     """Lets the process keep what it frees, to use it again; on Linux with glibc, else nothing.
 

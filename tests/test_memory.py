@@ -13,7 +13,7 @@ from cifar_jax.errors import UserError
 PROGRAM = """
 import resource
 import numpy as np
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import keep_freed_memory, release_freed_memory
 
 if {keep}:
     keep_freed_memory()
@@ -30,6 +30,8 @@ fill()
 before = faults()
 for _ in range(4):
     fill()
+    if {release}:
+        release_freed_memory()
 print(faults() - before)
 """
 
@@ -37,8 +39,8 @@ print(faults() - before)
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator")
 
 
-def page_faults(keep: bool, tunables: str = "") -> int:
-    command = [sys.executable, "-c", PROGRAM.format(keep=keep)]
+def page_faults(keep: bool, release: bool = False, tunables: str = "") -> int:
+    command = [sys.executable, "-c", PROGRAM.format(keep=keep, release=release)]
     options = {"capture_output": True, "text": True, "check": True}
     environment = os.environ | {"GLIBC_TUNABLES": tunables}
     return int(subprocess.run(command, env=environment, **options).stdout)
@@ -49,6 +51,11 @@ def test_freed_memory_is_kept():
     # Measured: none, and 2,176: numpy asks for huge pages, else there were 65,536.
     assert page_faults(keep=True) < 20
     assert page_faults(keep=False) > 100
+
+
+@glibc
+def test_kept_memory_can_be_released():
+    assert page_faults(keep=True, release=True) > 100
 
 
 @glibc

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from cifar_jax import config as configuration
+from cifar_jax import loop
 from cifar_jax.checkpoint import find_step, read_checkpoint
 from cifar_jax.errors import UserError
 from cifar_jax.evaluate import evaluate
@@ -168,7 +169,9 @@ def test_a_run_compiles_once_for_each_size(config, tmp_path, compiled_names):
 
 
 @pytest.mark.slow
-def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
+def test_a_run_goes_through_its_phases(config, tmp_path, capfd, monkeypatch):
+    released = []
+    monkeypatch.setattr(loop, "release_freed_memory", lambda: released.append(True))
     whole = train_and_evaluate(config, tmp_path)
     told = capfd.readouterr().err
     assert "from step 0: upsampling x1, frozen: backbone; parameters" in told
@@ -176,6 +179,7 @@ def test_a_run_goes_through_its_phases(config, tmp_path, capfd):
     assert "; batch norms: train, in frozen layers frozen\n" in told
     assert told.count("from step 4: upsampling x2, frozen: stem, stage1") == 2  # planned, entered
     assert [each["step"] for each in whole.rows if each["event"] == "evaluation"] == [4, 8]
+    assert len(released) == 3  # after two evaluations, and where the second phase starts
     # A reader of the checkpoint has the averages and the last size.
     trained = load_trained(tmp_path)
     assert trained.model.upsampling == 2 and trained.model.test_time_flip
