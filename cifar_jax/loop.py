@@ -230,7 +230,6 @@ class Loop:
             self.settle()
         if evaluation_due and self.stop.received is None:
             accuracy = self.evaluate_and_record()
-            release_freed_memory()
             self._settled = time.perf_counter()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
         # A signal may come while the row is written: the best must be saved as such all the same.

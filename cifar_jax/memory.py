@@ -12,8 +12,8 @@ _NEVER, _PADDING = -1, 64 << 20
 def release_freed_memory() -> None:
     """Gives the system back what is free right now; on Linux with glibc, else nothing.
 
-    For the end of an evaluation and the start of another phase: the program that follows cannot
-    use the places that others' temporaries had, or only one of them.
+    For the start of another phase: its larger program cannot use the places that the temporaries
+    of the one before had.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
