@@ -86,7 +86,7 @@ RULES: dict[str, Rule] = {
     "model.interpolation": _choice("nearest", "bilinear"),
     "model.head": _choice("flatten", "pooled"),
     "model.dropout": DECAY,
-    "model.batch_norm": _choice("train", "frozen"),
+    "model.batch_norm": _choice("train", "eval", "frozen"),
     "model.remat": SWITCH,
     "model.test_time_flip": SWITCH,
     "optimizer.name": _choice("rmsprop", "sgd", "adam", "adamw"),

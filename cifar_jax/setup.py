@@ -23,6 +23,12 @@ from cifar_jax.recording.run_record import describe_environment
 from cifar_jax.state import TrainState, count_parameters, create_state, model_leaves
 from cifar_jax.structures import CreateModel, count_learning, describe_groups, make_structures
 
+_BATCH_NORMS = {
+    "train": "train",
+    "eval": "the backbone's keep their statistics",
+    "frozen": "the backbone's are frozen",
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Setup:
@@ -182,8 +188,7 @@ def _describe_learning(setup: Setup) -> str:
     else:
         text = "\n" + describe_groups(parts, setup.optimizer, phases, batch_norm=batch_norm)
     if jax.tree.leaves(setup.template.parts["batch_stats"]):
-        is_frozen = batch_norm == "frozen"
-        text += "; batch norms: " + ("the backbone's are frozen" if is_frozen else "train")
-        if not is_frozen and any(phase.frozen for phase in phases):
+        text += f"; batch norms: {_BATCH_NORMS[batch_norm]}"
+        if batch_norm == "train" and any(phase.frozen for phase in phases):
             text += f", in frozen layers {config['freeze']['batch_norm']}"
     return text

@@ -72,8 +72,9 @@ def _model() -> ml_collections.ConfigDict:
     model.interpolation = "nearest"  # or "bilinear"
     model.head = "flatten"  # the notebook's; or "pooled": mean over pixels, one linear layer
     model.dropout = 0.5  # in the head
-    model.batch_norm = "train"  # or "frozen": the backbone's norms keep the weights' statistics,
-    #                             scale and bias; for norms in frozen layers see freeze.batch_norm
+    model.batch_norm = "train"  # or "eval": the backbone's norms keep the weights' statistics, and
+    #                             scale and bias learn (Keras: training=False); or "frozen": those
+    #                             stay too (trainable=False). In frozen layers: freeze.batch_norm
     model.test_time_flip = False  # logits are the mean over image and mirror image
     model.remat = False  # recompute each block's inside on the way back: less memory, more work
     return model

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
 
@@ -106,6 +107,50 @@ def test_constant_with_and_without_warmup():
     assert [float(rate(k)) for k in (0, 9)] == pytest.approx([0.4, 0.4])
     rate = make_schedule(0.4, name="constant", warmup=4, steps=10, final_fraction=0.0)
     assert [float(rate(k)) for k in (0, 1, 4, 9)] == pytest.approx([0.0, 0.1, 0.4, 0.4])
+
+
+def test_adamw_under_a_schedule_is_pytorchs():
+    """40 updates of a kernel and a bias in float32, with warm-up and a rate that falls to nothing.
+
+    Rounding as in the test below. A decay that ignores the schedule parts by more than 1e-2.
+    """
+    rng = np.random.default_rng(0)
+    start = {"kernel": rng.normal(size=(4, 3)), "bias": rng.normal(size=3)}
+    gradients = [{k: rng.normal(size=x.shape) for k, x in start.items()} for _ in range(40)]
+    theirs = {k: torch.tensor(x, dtype=torch.float32) for k, x in start.items()}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [theirs["kernel"]], "weight_decay": 0.2},
+            {"params": [theirs["bias"]], "weight_decay": 0.0},
+        ],
+        lr=0.05,
+        eps=1e-7,
+    )
+    share = lambda k: k / 8 if k < 8 else (1 + np.cos(np.pi * (k - 8) / 32)) / 2  # noqa: E731
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    config = dataclasses.replace(BASE, name="adamw", weight_decay=0.2)
+    schedule = make_schedule(0.05, name="cosine", warmup=8, steps=40, final_fraction=0.0)
+    ours = make_optimizer(config, schedule)
+    unscheduled = optax.chain(
+        optax.scale_by_adam(eps=1e-7),
+        optax.scale_by_learning_rate(schedule),
+        optax.add_decayed_weights(-0.05 * 0.2, {"kernel": True, "bias": False}),
+    )
+    params = other = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), start)
+    state, other_state = ours.init(params), unscheduled.init(params)
+    for gradient in gradients:
+        for name, tensor in theirs.items():
+            tensor.grad = torch.tensor(gradient[name], dtype=torch.float32)
+        optimizer.step()
+        scheduler.step()
+        gradient = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), gradient)
+        updates, state = ours.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        updates, other_state = unscheduled.update(gradient, other_state, other)
+        other = optax.apply_updates(other, updates)
+    for name, tensor in theirs.items():
+        np.testing.assert_allclose(params[name], tensor.numpy(), rtol=1e-5, atol=1e-5)
+    assert np.abs(other["kernel"] - theirs["kernel"].numpy()).max() > 1e-2
 
 
 # Keras 3.15 turns its variables into arrays in a way that NumPy 2 warns of.

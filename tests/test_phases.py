@@ -220,6 +220,9 @@ def test_a_plain_run_says_what_learns(small_config, config):
     # One block a stage: 2 * 64 of the stem's norm, and 2 * (n + n + 4 n + 4 n) for n = 64 ... 512.
     norms = 2 * 64 + 20 * (64 + 128 + 256 + 512)
     assert told(config).endswith(" all of them learn; batch norms: train")
+    config.model.batch_norm = "eval"
+    kept = " all of them learn; batch norms: the backbone's keep their statistics"
+    assert told(config).endswith(kept)
     config.model.batch_norm = "frozen"
     found = re.search(r"; ([\d,]+) parameters, ([\d,]+) of them", told(config))
     total, learn = (int(number.replace(",", "")) for number in found.groups())

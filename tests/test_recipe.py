@@ -39,9 +39,10 @@ def optimizer_of(config: OptimizerConfig):
     return make_optimizer(config, optax.constant_schedule(config.learning_rate))
 
 
-def mlp_state(recipe=Recipe(), config=SGD):  # noqa: B008
+def mlp_state(recipe=Recipe(), config=SGD, schedule=None):  # noqa: B008
     model = MLP(hidden_sizes=(8,), rngs=nnx.Rngs(0))
-    return create_state(model, optimizer_of(config), seed=0, recipe=recipe)
+    optimizer = make_optimizer(config, schedule) if schedule else optimizer_of(config)
+    return create_state(model, optimizer, seed=0, recipe=recipe)
 
 
 @pytest.fixture
@@ -112,6 +113,23 @@ def test_accumulated_steps_are_one_of_the_big_batch(batch):
         parts, _ = train_step(parts, batch(8 * number, 8))
     for found, expected in zip(*map(jax.tree.leaves, (parts.params, whole.params)), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_accumulated_steps_share_momentum_and_schedule_with_the_big_batch(batch):
+    """Warm-up, cosine and momentum count updates, not the steps that make one."""
+    schedule = make_schedule(0.1, name="cosine", warmup=2, steps=5, final_fraction=0.0)
+    config = dataclasses.replace(SGD, momentum=0.9, nesterov=True)
+    whole = mlp_state(config=config, schedule=schedule)
+    start = whole.params
+    parts = mlp_state(config=dataclasses.replace(config, accumulate=3), schedule=schedule)
+    for number in range(4):
+        whole, _ = train_step(whole, batch(24 * number, 24))
+        for part in range(3):
+            parts, _ = train_step(parts, batch(24 * number + 8 * part, 8))
+    leaves = map(jax.tree.leaves, (parts.params, whole.params, start))
+    for found, expected, before in zip(*leaves, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(expected - before).max() > 1e-3
 
 
 def test_averages_of_accumulated_steps_are_those_of_the_big_batch(batch):
