@@ -2,9 +2,10 @@
 
     python -m cifar_jax.main --config=configs/resnet50_best.py --workdir=runs/resnet50_best
 
-NOT RUN, only compiled for one and for eight H100s (experiments/gpu/). Expected, not measured: above
-0.975 on the official test images from torchvision's published weights. Where each choice comes from
-stands beside it.
+NOT RUN to its end: only five epochs of a shorter one on an H200, never evaluated; compiled for one
+and eight H100s (experiments/gpu/) and eight chips of a TPU v5e (experiments/tpu/). Expected, not
+measured: above 0.975 on the official test images from torchvision's published weights. Where each
+choice comes from stands beside it.
 """
 
 import ml_collections
