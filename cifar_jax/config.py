@@ -115,9 +115,17 @@ ONLY_RESNET50 = {
     "model.remat": False,
     "model.test_time_flip": False,
 }
-# Beside the augmentations, what features that are computed once have no use for, unless it is off.
-NOT_WITH_FEATURES = ("progressive", "freeze.layers", "model.test_time_flip")
-OFF = (False, 0, "", "none")
+# What features that are computed once have no use for, and its value that asks for nothing.
+NOT_WITH_FEATURES = {
+    "progressive": "",
+    "freeze.layers": "",
+    "model.test_time_flip": False,
+    "augment.flip": False,
+    "augment.crop_padding": 0,
+    "augment.policy": "none",
+    "augment.mixup": 0.0,
+    "augment.cutmix": 0.0,
+}
 # Where a run stores, logs and looks may change between two starts; what it computes may not.
 MAY_CHANGE = frozenset(
     (
@@ -227,13 +235,15 @@ def check_features(config: Mapping[str, Any]) -> None:
     Raises:
       UserError: naming the key.
     """
-    for key, value in flatten(config):
-        is_useless = key.split(".")[0] == "augment" or key in NOT_WITH_FEATURES
-        if is_useless and value not in OFF:
-            raise UserError(
-                f"config.{key} is {value!r}; features are computed once, of each image as it is, "
-                "by what config.freeze.features names"
-            )
+    values = dict(flatten(config))
+    wrong = {key: off for key, off in NOT_WITH_FEATURES.items() if values[key] != off}
+    if wrong:
+        found = ", ".join(f"config.{key} is {values[key]!r}" for key in wrong)
+        flags = " ".join(f"--config.{key}={off}" for key, off in wrong.items())
+        raise UserError(
+            f"{found}; features are computed once, of each image as it is, by what "
+            f"config.freeze.features names: {flags}"
+        )
     config = config["model"]
     if config["name"] != "resnet50":
         raise UserError(

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import re
 import tomllib
 
 import ml_collections
@@ -11,6 +12,7 @@ from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.augment import Augment
+from cifar_jax.command import read_flags
 from cifar_jax.durations import Duration
 from cifar_jax.errors import UserError
 from cifar_jax.initial import load_initial_weights
@@ -43,6 +45,19 @@ def test_durations(text, steps):
 def test_wrong_durations_name_the_key(text):
     with pytest.raises(UserError, match="config.train_for"):
         Duration.parse(text, key="train_for")
+
+
+def test_what_features_have_no_use_for_is_turned_off_by_the_flags_of_the_message():
+    common_values = dict(configuration.flatten(common.get_config()))
+    off = configuration.NOT_WITH_FEATURES
+    assert {key: common_values[key] for key in off} == off
+    assert {key for key in common_values if key.startswith("augment.")} < set(off)
+    argv = ["features", f"--config={ROOT / 'configs/resnet50_best.py'}"]
+    argv += ["--config.progressive=2 until 1 epoch", "--config.freeze.layers=stem"]
+    with pytest.raises(UserError, match="config.augment.policy is 'trivial', .* once") as caught:
+        configuration.check_features(configuration.to_dict(read_flags(["config"], argv)[0].config))
+    argv += re.findall(r"--\S+", str(caught.value))
+    configuration.check_features(configuration.to_dict(read_flags(["config"], argv)[0].config))
 
 
 def test_every_field_has_a_rule_and_every_rule_a_field():
