@@ -126,7 +126,10 @@ def test_adamw_under_a_schedule_is_pytorchs():
         lr=0.05,
         eps=1e-7,
     )
-    share = lambda k: k / 8 if k < 8 else (1 + np.cos(np.pi * (k - 8) / 32)) / 2  # noqa: E731
+
+    def share(k: int) -> float:
+        return k / 8 if k < 8 else (1 + np.cos(np.pi * (k - 8) / 32)) / 2
+
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     config = dataclasses.replace(BASE, name="adamw", weight_decay=0.2)
     schedule = make_schedule(0.05, name="cosine", warmup=8, steps=40, final_fraction=0.0)
