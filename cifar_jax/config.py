@@ -111,6 +111,7 @@ RULES: dict[str, Rule] = {
 ONLY_RESNET50 = {
     "optimizer.head_rate": 1.0,
     "optimizer.layer_decay": 1.0,
+    "model.pretrained": "none",
     "model.batch_norm": "train",
     "model.remat": False,
     "model.test_time_flip": False,

@@ -27,7 +27,7 @@ def find_weights(config: Mapping[str, Any]) -> Path | None:
       UserError: where it is missing and cannot be had, or has not the published hash.
     """
     pretrained, variant = config["pretrained"], config["variant"]
-    if config["name"] != "resnet50" or pretrained == "none":
+    if pretrained == "none":
         return None
     if pretrained in VARIANTS and pretrained != variant:  # told without a download
         raise UserError(

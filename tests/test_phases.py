@@ -82,6 +82,7 @@ def test_adam_does_not_thaw():
         ("model.test_time_flip", True),
         ("model.batch_norm", "frozen"),
         ("model.remat", True),
+        ("model.pretrained", "keras"),
     ],
 )
 def test_an_mlp_has_no_use_for_it(key, value):
