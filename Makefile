@@ -8,6 +8,7 @@ WORKDIR ?= runs/mlp
 WEIGHTS ?= $(or $(CIFAR_JAX_WEIGHTS),torchvision)
 # Further flags of the command that trains, such as --config.seed=1.
 FLAGS :=
+flag = $(patsubst --config.data.$(1)=%,%,$(filter --config.data.$(1)=%,$(FLAGS)))
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -36,13 +37,14 @@ $(VENV)/installed-dev: $(VENV)/installed requirements-dev.txt
 
 # Where no data set is to be had the sample stands in, in a workdir of its own, and says so everywhere.
 train: $(VENV)/installed
-	@source=$$($(BIN)/python -m cifar_jax.fetch_data --or-sample) || exit; \
-	if [ "$$source" = auto ]; then \
-	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR) $(FLAGS); \
-	else \
-	  echo "CIFAR-10 is not to be had here: training on the small SAMPLE that ships with the package."; \
+	@source=$(or $(call flag,source),$$($(BIN)/python -m cifar_jax.fetch_data --or-sample \
+	  $(addprefix --directory=,$(call flag,directory)))) || exit; \
+	if [ "$$source" = sample ]; then \
+	  echo "Training on the small SAMPLE that ships with the package."; \
 	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR)-sample \
 	    --config.data.source=sample --config.steps_per_call=45 $(FLAGS); \
+	else \
+	  $(BIN)/python -m cifar_jax.main --config=configs/mlp.py --workdir=$(WORKDIR) $(FLAGS); \
 	fi
 
 transfer: $(VENV)/installed

@@ -107,11 +107,17 @@ RULES: dict[str, Rule] = {
     "schedule.final_fraction": FRACTION,
 }
 
-# What other models have no use for, and its value that asks for nothing.
+# What other models have no use for, and its value in configs/common.py.
 ONLY_RESNET50 = {
     "optimizer.head_rate": 1.0,
     "optimizer.layer_decay": 1.0,
+    "model.variant": "keras",
     "model.pretrained": "none",
+    "model.preprocessing": "unit",
+    "model.upsampling": 8,
+    "model.interpolation": "nearest",
+    "model.head": "flatten",
+    "model.dropout": 0.5,
     "model.batch_norm": "train",
     "model.remat": False,
     "model.test_time_flip": False,
@@ -128,20 +134,18 @@ NOT_WITH_FEATURES = {
     "augment.cutmix": 0.0,
 }
 # Where a run stores, logs and looks may change between two starts; what it computes may not.
-MAY_CHANGE = frozenset(
-    (
-        "data.source",
-        "data.directory",
-        "data.on_device",  # the same batches
-        "log_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "eval_batch_size",  # changes the last bits of a validation loss, nothing of the training
-        "execution",  # one format of checkpoints serves both
-        "test",
-        "model.pretrained",  # read once, by the first start
-    )
-)
+MAY_CHANGE = {
+    "data.source",
+    "data.directory",
+    "data.on_device",  # the same batches
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_batch_size",  # changes the last bits of a validation loss, nothing of the training
+    "execution",  # one format of checkpoints serves both
+    "test",
+    "model.pretrained",  # read once, by the first start
+}
 
 
 def durations_in_steps(
@@ -195,12 +199,11 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
     """Returns plain nested dictionaries and lists that JSON can hold."""
-    nested = config.to_dict()
     return {
         key: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
         if isinstance(value, dict)
         else value
-        for key, value in nested.items()
+        for key, value in config.to_dict().items()
     }
 
 
@@ -245,13 +248,12 @@ def check_features(config: Mapping[str, Any]) -> None:
             f"{found}; features are computed once, of each image as it is, by what "
             f"config.freeze.features names: {flags}"
         )
-    config = config["model"]
-    if config["name"] != "resnet50":
+    if values["model.name"] != "resnet50":
         raise UserError(
-            f'config.model.name is "{config["name"]}"; features come from a backbone: '
+            f'config.model.name is "{values["model.name"]}"; features come from a backbone: '
             'expected "resnet50"'
         )
-    if config["pretrained"] == "none":
+    if values["model.pretrained"] == "none":
         raise UserError(
             'config.model.pretrained is "none"; features of random weights are of no use: set '
             '"keras", "torchvision" or the path of a file of weights'

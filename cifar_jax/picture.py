@@ -42,7 +42,7 @@ def read_picture(path: str | os.PathLike) -> np.ndarray:
     Raises:
         UserError: not an intact picture file, or one of more pixels than `Image.MAX_IMAGE_PIXELS`.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     _check_file(path)
     try:
         with warnings.catch_warnings():

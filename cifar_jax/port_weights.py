@@ -65,7 +65,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "(.safetensors), or ours; keras or torchvision, to use the published file; or the workdir "
         "of a run",
     )
-    parser.add_argument("dest", type=Path, help="the file to write")
+    parser.add_argument("dest", type=_path, help="the file to write")
     parser.add_argument(
         "--variant", choices=VARIANTS, help="insist on this form of ResNet-50 (default: detected)"
     )
@@ -74,7 +74,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         choices=VARIANTS,
         help="write Keras's .weights.h5 or torchvision's names in .safetensors instead of ours",
     )
-    parser.add_argument("--certificate", type=Path, help="write the certificate here too, as JSON")
+    parser.add_argument("--certificate", type=_path, help="write the certificate here too, as JSON")
     parser.add_argument(
         "--checkpoint",
         choices=CHECKPOINTS,
@@ -85,6 +85,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, choices in STATED.items():
         group.add_argument(f"--{name}", choices=choices, type=type(choices[0]))
     return parser.parse_args(arguments)
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()  # the shell does not where it stands behind "="
 
 
 def _read(source: Path, variant: str | None, checkpoint: str) -> port.Weights:

@@ -33,6 +33,8 @@ from cifar_jax.state import (
     trained_arrays,
 )
 
+_AT_ONCE = 128  # images: 2.3 GB of a ResNet-50's maps at 256 px
+
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
@@ -43,7 +45,18 @@ class Trained:
     step: int | None  # None: from a file
 
     def logits(self, images: np.ndarray) -> np.ndarray:
-        """Returns logits, float32 or wider [N, 10], of uint8 [N, 32, 32, 3] images."""
+        """Returns logits, float32 or wider [N, 10], of uint8 [N, 32, 32, 3] images.
+
+        However many there are, no more than 128 are computed at once, in one compiled size.
+        """
+        if len(images) <= _AT_ONCE:
+            return self.batch_logits(images)
+        padding = np.zeros((-len(images) % _AT_ONCE, *images.shape[1:]), images.dtype)
+        parts = np.concatenate([images, padding]).reshape(-1, _AT_ONCE, *images.shape[1:])
+        return np.concatenate([self.batch_logits(part) for part in parts])[: len(images)]
+
+    def batch_logits(self, images: np.ndarray) -> np.ndarray:
+        """Returns the same of images that are computed at once."""
         precision = self.extra["config"]["matmul_precision"] if self.extra else "highest"
         with jax.default_matmul_precision(precision):
             return np.asarray(_logits(*self._split, images))
@@ -63,7 +76,7 @@ def measure(trained: Trained, images: Split, *, batch_size: int) -> Totals:
     totals = Totals()
     batches = eval_batches(images, batch_size=batch_size)
     for batch in counted(batches, name=images.name, total=len(images)):
-        logits = trained.logits(batch["image"])
+        logits = trained.batch_logits(batch["image"])
         losses = cross_entropy(logits, batch["label"])
         totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))
     return totals

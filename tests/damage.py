@@ -108,6 +108,27 @@ def tar_with(member: str, kind: bytes = tarfile.REGTYPE) -> Callable[[Path], obj
     return damage
 
 
+def endless_name(kind: bytes) -> Callable[[Path], object]:
+    """A member whose name (GNU's or PAX's way) is of 64 MB, in an archive of a few kilobytes."""
+
+    def damage(directory: Path) -> None:
+        with tarfile.open(directory / "cifar-10-binary.tar.gz", "w:gz") as archive:
+            odd = tarfile.TarInfo("././@LongLink")
+            odd.type, odd.size = kind, 1 << 26
+            archive.fileobj.write(odd.tobuf(tarfile.GNU_FORMAT))
+            archive.fileobj.write(bytes(odd.size))
+
+    return damage
+
+
+def names_of_names(directory: Path) -> None:
+    """Each member's header says that the next one has its name, two thousand times."""
+    with tarfile.open(directory / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        odd = tarfile.TarInfo("././@LongLink")
+        odd.type, odd.size = tarfile.GNUTYPE_LONGNAME, 512
+        archive.fileobj.write((odd.tobuf(tarfile.GNU_FORMAT) + b"a" * 512) * 2000)
+
+
 def bomb(directory: Path) -> None:
     """A member that claims to be a gigabyte."""
     with tarfile.open(directory / "cifar-10-binary.tar.gz", "w:gz") as archive:

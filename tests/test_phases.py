@@ -83,6 +83,12 @@ def test_adam_does_not_thaw():
         ("model.batch_norm", "frozen"),
         ("model.remat", True),
         ("model.pretrained", "keras"),
+        ("model.preprocessing", "keras"),
+        ("model.upsampling", 2),
+        ("model.interpolation", "bilinear"),
+        ("model.head", "pooled"),
+        ("model.dropout", 0.2),
+        ("model.variant", "torchvision"),
     ],
 )
 def test_an_mlp_has_no_use_for_it(key, value):

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -292,6 +293,14 @@ def test_command_there_and_back_with_certificates(torchvision_file, tmp_path, ca
     assert before.keys() - after.keys() == {"bn1.num_batches_tracked"}
     for name, array in after.items():
         np.testing.assert_array_equal(array, before[name], strict=True)
+
+
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(monkeypatch):
+    """No shell expands it there; a folder called ~ would be a trap for whoever removes it."""
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = port_weights._parse(["a.pth", "~/a.safetensors", "--certificate=~/a.json"])
+    assert flags.dest == Path("/home/me/a.safetensors")
+    assert flags.certificate == Path("/home/me/a.json")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_an_archive_may_be_given_itself(form, small, tmp_path, monkeypatch):
     dataset = load("auto", archive)
     assert dataset.source == f"{name} in {archive}"
     assert_same(dataset, small)
-    with pytest.raises(UserError, match="is a file; expected a folder"):
+    with pytest.raises(UserError, match="is a file; data.source=tfds expects a folder"):
         load("tfds", archive)
 
 

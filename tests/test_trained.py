@@ -12,6 +12,7 @@ from PIL import Image
 
 from cifar_jax import config as configuration
 from cifar_jax import evaluate, port_weights, predict
+from cifar_jax import trained as trained_module
 from cifar_jax.data import sources
 from cifar_jax.errors import UserError
 from cifar_jax.labels import CLASS_NAMES
@@ -214,6 +215,22 @@ def test_it_is_either_a_workdir_or_a_file(arguments):
         load_trained(**arguments)
     with pytest.raises(UserError, match="a.safetensors is a file; only a workdir has a best"):
         load_trained(weights="a.safetensors", checkpoint="best")
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(3, [3]), (4, [4]), (10, [4, 4, 4])])
+def test_many_images_go_through_a_few_at_a_time(count, sizes, sample, monkeypatch):
+    """So that memory does not grow with them, nor compilations with the sizes of the rests."""
+    config = configuration.to_dict(mlp.get_config())
+    trained = Trained(create_model(config["model"], seed=0), {}, None)
+    images, seen, whole = sample.test_images[:count], [], Trained.batch_logits
+    expected = whole(trained, images)
+    monkeypatch.setattr(trained_module, "_AT_ONCE", 4)
+    monkeypatch.setattr(
+        Trained, "batch_logits", lambda self, part: seen.append(len(part)) or whole(self, part)
+    )
+    # float32 sums of batches of different sizes may round differently.
+    np.testing.assert_allclose(trained.logits(images), expected, rtol=1e-6, atol=1e-6)
+    assert seen == sizes
 
 
 def test_a_model_is_split_once_for_all_its_calls(sample, monkeypatch):

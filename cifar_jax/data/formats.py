@@ -5,8 +5,11 @@ really CIFAR-10 is for `content.check_content` to say. The forms made of PNG fil
 `png_formats.py`.
 """
 
+import functools
+import gzip
 import io
 import pickle
+import pickletools
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -91,19 +94,29 @@ def read_files(place: Path, names: Sequence[str]) -> Iterator[tuple[str, bytes]]
         return
     missing = set(names)
     try:
-        with tarfile.open(place, "r|gz", bufsize=_STREAM_BYTES) as archive:
+        with _BoundedGzip(place) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 parts = PurePosixPath(member.name).parts
                 if len(parts) != 2 or parts[1] not in missing or not member.isfile():
                     continue
                 _check_size(f"{place}: {member.name}", member.size)
                 missing.remove(parts[1])
-                yield parts[1], archive.extractfile(member).read()
+                read = functools.partial(archive.extractfile(member).read, _STREAM_BYTES)
+                yield parts[1], b"".join(iter(read, b""))
                 if not missing:
                     return
-    except (tarfile.TarError, zlib.error, EOFError, OSError) as error:
+    except (tarfile.TarError, zlib.error, EOFError, OSError, RecursionError) as error:
         raise broken(place, f"the archive cannot be read ({error})") from error
     raise broken(place, f"the archive lacks {', '.join(sorted(missing))}")
+
+
+class _BoundedGzip(gzip.GzipFile):
+    """Reads little at once: `tarfile` would take in names as long as a header claims they are."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= _STREAM_BYTES:
+            raise OSError(f"{size:,} bytes in one piece, which no name and no header has")
+        return super().read(size)
 
 
 def _read_file(path: Path) -> bytes:
@@ -168,12 +181,14 @@ def _decode_binary(file: str, data: bytes, images: np.ndarray, labels: np.ndarra
 
 def _decode_python(file: str, data: bytes, images: np.ndarray, labels: np.ndarray) -> None:
     try:
+        _check_memo(data)
         # The published files were pickled by Python 2, whose strings are bytes.
         batch = _PlainUnpickler(io.BytesIO(data), encoding="bytes").load()
     except UserError as error:
         raise broken(file, error) from error
     except Exception as error:  # a damaged pickle can raise nearly any type
-        raise broken(file, f"is not a readable pickle ({error})") from error
+        reason = str(error) or type(error).__name__
+        raise broken(file, f"is not a readable pickle ({reason})") from error
     batch = {_text(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
     planes, found = batch.get("data"), batch.get("labels")
     if not isinstance(planes, _PickledArray) or not isinstance(found, list):
@@ -186,6 +201,13 @@ def _decode_python(file: str, data: bytes, images: np.ndarray, labels: np.ndarra
     check_labels(file, np.array(found))
     labels[:] = found
     _fill_planes(images, rows)
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuses what the unpickler would make room for: notes numbered far beyond their number."""
+    for count, (opcode, number, _) in enumerate(pickletools.genops(data)):
+        if opcode.name.endswith("PUT") and number > count:
+            raise UserError(f"the pickle's instruction {count} is its note {number:,}")
 
 
 def _text(value: object) -> object:

@@ -121,8 +121,15 @@ def load(source: str = "auto", directory: str | os.PathLike = DEFAULT_DIRECTORY)
     if source == "sample":
         arrays = read_sample(_SAMPLE_FOLDER)
         return _checked(arrays, "sample shipped with cifar_jax", SAMPLE_SHA256, is_sample=True)
+    if not directory.exists() and directory.name.endswith(ARCHIVES):
+        raise UserError(f"data.directory: {directory}: no such archive")
     is_file = directory.exists() and not directory.is_dir()
-    if not is_file and source == "tfds":
+    if source == "tfds":
+        if is_file:
+            raise UserError(
+                f"data.directory: {directory} is a file; data.source=tfds expects a folder, "
+                "data.source=auto reads archives too"
+            )
         return _load_tfds(directory)
     check_complete(directory)
     found = load_form(directory) if source == "auto" else None
@@ -191,7 +198,7 @@ def _load_tfds(directory: Path) -> Dataset:
         raise UserError(
             f"data.source=tfds: no prepared cifar10 in {directory} or {home}, and the home page of "
             "CIFAR-10, from where TFDS downloads, cannot be reached; use data.source=auto, or make "
-            f"the folder from it with `python -m cifar_jax.write_tfds {home}`"
+            "a folder from it with `python -m cifar_jax.write_tfds NEW`, and set data.directory=NEW"
         )
     log.info("TFDS downloads and prepares cifar10 in %s", directory)
     return _read(_TFDS, _prepare_tfds(directory), CIFAR10)
