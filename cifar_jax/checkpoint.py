@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cifar_jax.errors import RunError, UserError, one_line
+from cifar_jax.errors import RunError, UserError, one_line, tell
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
@@ -45,6 +45,7 @@ class Checkpointer:
         for aside in workdir.glob(f"{REPLACED}*"):  # of a process that was killed meanwhile
             place = workdir / FOLDER / aside.name.removeprefix(REPLACED)
             shutil.rmtree(aside) if place.exists() else aside.rename(place)
+        self._move_damaged_metrics_aside()
         latest = policies.LatestN(keep)
         best = policies.BestN(get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
@@ -157,6 +158,18 @@ class Checkpointer:
         if damaged:
             self.manager.reload()
 
+    def _move_damaged_metrics_aside(self) -> None:
+        """Which costs a checkpoint its claim to be the best; orbax would read none beside them."""
+        for step in _steps(self.workdir):
+            try:
+                _read_accuracy(self.workdir, step)
+            except UserError as error:
+                target = self.workdir / CORRUPT_FOLDER / f"{step}_metrics"
+                shutil.rmtree(target, ignore_errors=True)
+                target.parent.mkdir(exist_ok=True)
+                (self.workdir / FOLDER / str(step) / "metrics").rename(target)
+                tell(f"warning: {error}; moved to {target}")
+
     def close(self) -> None:
         """Releases the manager's threads."""
         self.manager.close()
@@ -207,16 +220,12 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
     """Returns the step of the "latest" checkpoint, or of the "best" on validation.
 
     Raises:
-      UserError: where there is none.
+      UserError: where there is none, or the accuracy of one cannot be read.
     """
     folder, steps = workdir / FOLDER, _steps(workdir)
     if which == "best":
-        files = {step: folder / str(step) / "metrics" / "metrics" for step in steps}
-        ranks = {
-            step: (json.loads(file.read_text())[METRIC], step)
-            for step, file in files.items()
-            if file.exists()
-        }
+        accuracies = {step: _read_accuracy(workdir, step) for step in steps}
+        ranks = {step: (value, step) for step, value in accuracies.items() if value is not None}
     else:
         ranks = {step: step for step in steps}
     if not ranks:
@@ -230,6 +239,17 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
 def _steps(workdir: pathlib.Path) -> list[int]:
     folder = workdir / FOLDER
     return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+
+
+def _read_accuracy(workdir: pathlib.Path, step: int) -> float | None:
+    """Returns that on validation; None where a checkpoint was saved without it."""
+    file = workdir / FOLDER / str(step) / "metrics" / "metrics"
+    if not file.parent.exists():
+        return None
+    try:
+        return float(json.loads(file.read_text())[METRIC])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)})") from error
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

@@ -24,10 +24,16 @@ def find_weights(config: Mapping[str, Any]) -> Path | None:
       Its path; None where the model starts without one.
 
     Raises:
-      UserError: where it is missing and cannot be had, or has not the published hash.
+      UserError: where it is missing and cannot be had, or has not the published hash; where there
+        is none and the batch norms are to keep its statistics.
     """
     pretrained, variant = config["pretrained"], config["variant"]
     if pretrained == "none":
+        if config["batch_norm"] != "train":
+            raise UserError(
+                f'config.model.batch_norm is "{config["batch_norm"]}", which keeps a file\'s '
+                'statistics; with config.model.pretrained="none" set config.model.batch_norm=train'
+            )
         return None
     if pretrained in VARIANTS and pretrained != variant:  # told without a download
         raise UserError(

@@ -67,13 +67,14 @@ def evaluate_knn(
         found = dict(configuration.flatten(plain))[key]
         if found != expected:
             raise UserError(f'config.{key} is "{found}"; neighbours need "{expected}"')
-    with jax.default_matmul_precision(config.matmul_precision), StopSignal() as stop:
+    with jax.default_matmul_precision(config.matmul_precision):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
         data, splits = load_splits(plain)
         _, backbone = load_backbone(plain)
         splits = {name: splits[name] for name in (NAMES if test else NAMES[:2])}
-        splits = feature_splits(plain, data, splits, backbone, stop)
-        if splits is None:
+        with StopSignal() as stop:
+            splits = feature_splits(plain, data, splits, backbone, stop)
+        if stop.received is not None:
             tell("stopped; the features so far are kept, and the same command goes on with them")
             sys.exit(128 + stop.received)
         found = {"validation": accuracy_by_k(splits["train"], splits["validation"], ks)}

@@ -232,8 +232,9 @@ class Loop:
             accuracy = self.evaluate_and_record()
             self._settled = time.perf_counter()
         is_best = accuracy is not None and accuracy == self.history.best_accuracy
-        # A signal may come while the row is written: the best must be saved as such all the same.
-        if is_best or (checkpoint_due and self.stop.received is None):
+        # A signal may have saved it before its evaluation, or may come while the row is written.
+        is_outdated = evaluation_due and self.saved_step == step == self.history.evaluated_step
+        if is_best or is_outdated or (checkpoint_due and self.stop.received is None):
             self.save(accuracy=accuracy)
             self._settled = time.perf_counter()
 

@@ -90,7 +90,9 @@ def train_head(
             splits = {name: setup.splits[name] for name in names}
             inputs = feature_splits(plain, setup.data, splits, backbone, stop)
             if inputs is None:
-                return Result(step=0, stopped_by=stop.received, record={}, rows=[])
+                head = workdir / HEAD_FOLDER
+                step = find_step(head, "latest") if has_checkpoints(head) else 0
+                return Result(step=step, stopped_by=stop.received, record={}, rows=[])
             setup = dataclasses.replace(setup, inputs=inputs)
             result = run(setup, workdir, stop=stop, profile=profile)
             if result.stopped_by is None:

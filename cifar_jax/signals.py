@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -14,10 +15,15 @@ class StopSignal:
     """Notes the first signal for the loop to poll; the second one ends the process at once.
 
     A context manager. Outside the main thread, where Python delivers no signals, it does nothing.
+
+    Attributes:
+      received: the first signal, once there is one.
+      pass_on: is given every signal, the one that ends the process too.
     """
 
     def __init__(self):
         self.received: int | None = None
+        self.pass_on: Callable[[int], object] | None = None
         self._previous = {}
 
     def __enter__(self) -> "StopSignal":
@@ -33,6 +39,8 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.pass_on is not None:
+            self.pass_on(number)
         if self.received is not None:
             if number == signal.SIGHUP:  # a closing terminal sends it twice, with its shell's
                 return

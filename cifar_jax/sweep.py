@@ -129,7 +129,10 @@ def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path)
         with StopSignal() as stop:
             # In a session of its own, so that each signal reaches it once, from here.
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
-            code = _wait(process, stop)
+            stop.pass_on = process.send_signal
+            if stop.received is not None:  # before there was a process
+                process.send_signal(stop.received)
+            code = process.wait()
         if stop.received is not None:
             again = f"{python_command()} -m cifar_jax.sweep {shlex.join(sys.argv[1:])}"
             tell(f"the sweep goes on with: {again}")
@@ -138,17 +141,6 @@ def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path)
             failed.add(name)
             tell(f"{name}: ended with exit code {code}")
     return failed
-
-
-def _wait(process: subprocess.Popen, stop: StopSignal) -> int:
-    passed_on = False
-    while True:
-        try:
-            return process.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            if stop.received is not None and not passed_on:
-                process.send_signal(stop.received)
-                passed_on = True
 
 
 @dataclasses.dataclass(frozen=True)

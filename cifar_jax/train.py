@@ -58,6 +58,11 @@ def train_and_evaluate(
     """
     configuration.check(config)
     workdir = pathlib.Path(workdir).expanduser().absolute()
+    if config.freeze.features != "stage4":
+        raise UserError(
+            f'config.freeze.features is "{config.freeze.features}"; cifar_jax.features reads it, '
+            "here config.freeze.layers names what does not learn"
+        )
     check_devices()
     plain = configuration.to_dict(config)
     if not has_checkpoints(workdir):
@@ -169,8 +174,10 @@ def _record_start(
             "duplicates": duplicates_across(splits),
         },
         starts=[*(record.get("starts") or []), {"step": step, **setup.environment}],
-        # Another step's, of a shorter run or a checkpoint that is gone, is not this state's.
-        result=record.get("result") if field(record, "result.step") == step else None,
+        # Of a shorter run, or of a checkpoint that is gone, it is not this run's.
+        result=record.get("result")
+        if field(record, "result.step") == step == setup.plan.total
+        else None,
     )
 
 

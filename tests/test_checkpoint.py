@@ -193,6 +193,26 @@ def test_a_damaged_latest_falls_back_and_is_moved_aside(saved, damage):
     assert find_step(saved, "latest") == 40
 
 
+@pytest.mark.parametrize(
+    "content", ["", '{"validation_acc', "[]", "{}", '{"validation_accuracy": []}']
+)
+def test_a_damaged_accuracy_costs_only_the_claim_to_be_the_best(content, saved, capsys):
+    file = saved / FOLDER / "20" / "metrics" / "metrics"
+    file.write_text(content)
+    with pytest.raises(UserError, match=f"^{file} is damaged"):
+        find_step(saved, "best")
+    assert find_step(saved, "latest") == 40
+    checkpointer = Checkpointer(saved, keep=2)
+    told = capsys.readouterr().err
+    assert told.startswith(f"warning: {file} is damaged") and told.count("\n") == 1
+    assert checkpointer.restore_latest(pytest.fail)[0] == 40
+    assert find_step(saved, "best") == 40
+    assert (saved / CORRUPT_FOLDER / "20_metrics" / "metrics").read_text() == content
+    checkpointer.save(50, arrays(50), {}, accuracy=0.1)
+    checkpointer.wait()
+    assert steps_in(saved) == [40, 50]
+
+
 @late_callbacks
 def test_where_none_can_be_read_nothing_is_touched(saved):
     for step in steps_in(saved):

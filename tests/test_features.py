@@ -18,6 +18,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
+from cifar_jax import config as configuration
 from cifar_jax import features, knn, main, predict, probe
 from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
@@ -41,7 +42,7 @@ from cifar_jax.run_weights import read_run
 from cifar_jax.state import create_state, to_arrays
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
-from configs import common, resnet50_probe
+from configs import common, mlp, resnet50_probe
 from tests.references import weights
 from tests.runs import ROOT, assert_same_run
 from tests.test_knn import reference as knn_reference
@@ -628,10 +629,7 @@ def damage_the_cache(place, config):
 
 BAD = {
     "no weights": (["--config.model.pretrained=none"], "config.model.pretrained is"),
-    "the MLP": (
-        [f"--config.model.{x}" for x in ("name=mlp", "pretrained=none", "batch_norm=train")],
-        "config.model.name is",
-    ),
+    "the MLP": (["--config.model.name=mlp"], "only a resnet50 has what it is for"),
     "missing weights": (["--config.model.pretrained=no.pth"], "no.pth"),
     "another variant": (["--config.model.variant=keras"], "config.model.variant=torchvision"),
     "unknown head": (["--config.model.head=none"], "config.model.head"),
@@ -646,6 +644,13 @@ BAD = {
     "a data folder that is a file": (["--config.data.directory=text.txt"], "text.txt"),
     "no flags": (None, "--config is missing; for example --config=configs/resnet50_probe.py"),
 }
+
+
+def test_an_mlp_has_no_features():
+    with pytest.raises(
+        UserError, match='config.model.name is "mlp"; features come from a backbone'
+    ):
+        configuration.check_features(configuration.to_dict(mlp.get_config()))
 
 
 @pytest.mark.parametrize("command", [features, main])
@@ -786,6 +791,14 @@ def test_neighbours_are_found_among_cached_features(
         {best: knn_reference(splits["train"], splits["test"], best)}
     )
     assert knn.evaluate_knn(module_config, (1,), test=False).keys() == {"validation"}
+
+
+def test_a_signal_during_the_search_ends_it(module_config, monkeypatch):
+    """There is nothing to save: only the features, which may take hours, end in order."""
+    search = "cifar_jax.neighbours.accuracy_by_k"
+    monkeypatch.setattr(search, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        knn.evaluate_knn(module_config, (1,), test=False)
 
 
 def test_neighbours_need_pooled_features_and_equal_shares(module_config):

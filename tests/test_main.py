@@ -79,6 +79,10 @@ def data_file(name, content):
     return put
 
 
+def cut_metrics(place):
+    (place / "run" / FOLDER / "2" / "metrics" / "metrics").write_text("")
+
+
 def nothing(place):
     pass
 
@@ -116,6 +120,17 @@ CASES = {
     "an argument for a config that takes none": (
         "main", ["--config=configs/mlp.py:x", "--workdir=new"], nothing,
         "parsing config file: TypeError: get_config() takes 0",
+    ),
+    "norms that keep the statistics of no file": (
+        "main", ["--config=configs/resnet50_cpu.py", *TRAIN[1:], "--config.model.pretrained=none"],
+        nothing, "set config.model.batch_norm=train",
+    ),
+    "a frozen part for features": (
+        "main", [*TRAIN, "--config.freeze.features=stage2"], nothing,
+        "here config.freeze.layers names what does not learn",
+    ),
+    "accuracy of a checkpoint is cut": (
+        "evaluate", ["--workdir=run", "--checkpoint=best"], cut_metrics, "metrics is damaged",
     ),
     "config from another folder": (
         "main", ["--config=lost.py", "--workdir=new"],

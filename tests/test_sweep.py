@@ -1,6 +1,7 @@
 """Sweeps: real runs in processes of their own, ranked on validation."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,6 +149,43 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     assert again.returncode == 0, again.stderr
     starts = [start["step"] for start in records(workdir)["slow"]["starts"]]
     assert len(starts) == 2 and 0 < starts[1] < 150 * 45
+
+
+WAITER = """
+import pathlib, signal, time
+got = []
+def note(number, _):
+    got.append(number)
+    pathlib.Path("noted").write_text(str(got))
+signal.signal(signal.SIGINT, note)
+pathlib.Path("ready").touch()
+until = time.monotonic() + 60
+while time.monotonic() < until and len(got) < 2:
+    time.sleep(0.05)
+"""
+RUN_ALL = """
+import pathlib
+from cifar_jax import sweep
+sweep.run_all({"a": ["waiter"]}, [], pathlib.Path("runs"))
+"""
+
+
+def test_a_second_signal_reaches_the_run_too(tmp_path):
+    """The sweep leaves at once; a run that went on alone would be in a session of its own."""
+    (tmp_path / "waiter.py").write_text(WAITER)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", RUN_ALL], cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 60
+    while not (tmp_path / "ready").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)  # two at the same instant are one to the system
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 128 + signal.SIGINT
+    time.sleep(0.5)
+    assert (tmp_path / "noted").read_text() == str([int(signal.SIGINT)] * 2)
 
 
 @pytest.mark.parametrize(

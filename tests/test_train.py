@@ -15,7 +15,7 @@ import pytest
 from cifar_jax.checkpoint import FOLDER, REPLACED, find_step, read_checkpoint
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
-from cifar_jax.loop import Loop
+from cifar_jax.loop import History, Loop
 from cifar_jax.recording.metrics_log import read_rows
 from cifar_jax.recording.run_record import read_run_record, update_run_record
 from cifar_jax.train import train_and_evaluate
@@ -203,6 +203,31 @@ def test_a_longer_run_goes_on_from_a_finished_one(module_config, tmp_path):
     config.train_for = "2 epochs"
     result = train_and_evaluate(config, tmp_path)
     assert result.step == TOTAL and len(result.record["test_reads"]) == 2
+
+
+def test_a_longer_run_without_a_test_has_no_result_of_the_shorter_one(module_config, tmp_path):
+    config = module_config.copy_and_resolve_references()
+    config.train_for = "1 epoch"
+    assert train_and_evaluate(config, tmp_path).record["result"]["step"] == 45
+    config.train_for, config.test = "2 epochs", False
+    record = train_and_evaluate(config, tmp_path).record
+    assert record["result"] is None and len(record["test_reads"]) == 1
+
+
+def test_an_evaluation_after_a_stop_is_made_once(module_config, tmp_path, monkeypatch):
+    """Also where it is not the best: the checkpoint of that step was saved before it."""
+    with monkeypatch.context() as patch:
+        send_in(patch, "evaluate", 2)  # of step 90
+        train_and_evaluate(module_config, tmp_path)
+    read = History.from_json
+    with monkeypatch.context() as patch:
+        patch.setattr(History, "from_json", lambda saved: read({**saved, "best_accuracy": 1.0}))
+        train_and_evaluate(module_config, tmp_path)
+    rows = read_rows(tmp_path)
+    assert rows[-1]["event"] == "evaluation" and rows[-1]["validation_accuracy"] < 1
+    monkeypatch.setattr(Loop, "evaluate", lambda *_: pytest.fail("evaluated again"))
+    train_and_evaluate(module_config, tmp_path)
+    assert read_rows(tmp_path) == rows
 
 
 def test_a_shorter_run_is_refused(module_config, reference):

@@ -153,7 +153,7 @@ def count_test_read(workdir: str | os.PathLike, entry: dict) -> int:
 
     Args:
         workdir: the run's folder; it exists.
-        entry: step, checkpoint, accuracy; the time is added.
+        entry: step and checkpoint; the time is added.
 
     Returns:
         How often it had been read before.
