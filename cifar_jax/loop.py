@@ -167,7 +167,7 @@ class Loop:
             self.recorder.message(phase.describe())
 
     def _in_phase(self, state: TrainState) -> TrainState:
-        recipe = dataclasses.replace(state.recipe, frozen=self.phase.frozen)
+        recipe = state.recipe.in_phase(self.phase)
         return state.replace(graphdef=self.structures[self.phase], recipe=recipe)
 
     def dispatch(self, batch: dict[str, np.ndarray], steps: int) -> None:

@@ -21,6 +21,7 @@ class Phase:
     start: int
     upsampling: int
     frozen: tuple[str, ...]  # patterns, as `recipe.is_frozen` reads them
+    resized_at: int = 0  # where this upsampling starts, in this phase or one before
 
     def describe(self) -> str:
         """Says in a line what holds."""
@@ -115,6 +116,7 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
             for span in parse_spans(text, key=key)
         ]
         _check_ends([end for _, end in spans[key]], total, key=key, text=text)
+    resized_at = [0, *(end for _, end in spans[PROGRESSIVE])]
     starts = {0} | {end for of_key in spans.values() for _, end in of_key if end < total}
 
     def words_at(key: str, step: int) -> tuple[str, ...]:
@@ -125,6 +127,7 @@ def make_phases(config: Mapping[str, Any], *, steps_per_epoch: int, total: int) 
             start=start,
             upsampling=int((words_at(PROGRESSIVE, start) or [config["model"]["upsampling"]])[0]),
             frozen=words_at(FREEZE, start),
+            resized_at=max(end for end in resized_at if end <= start),
         )
         for start in sorted(starts)
     ]

@@ -9,6 +9,7 @@ import jax
 
 from cifar_jax.augment import Augment
 from cifar_jax.optim import leaf_name
+from cifar_jax.phases import Phase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,16 +21,21 @@ class Recipe:
     accumulate: int = 1  # steps an update
     augment: Augment = Augment()
     frozen: tuple[str, ...] = ()  # patterns of parameters' names, as `is_frozen` reads them
+    resized_at: int = 0  # the step from which on images have their present size
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "Recipe":
-        """Reads a configuration, as `config.to_dict` gives it; what is frozen is the phase's."""
+        """Reads a configuration, as `config.to_dict` gives it; the rest comes with the phase."""
         return cls(
             label_smoothing=config["label_smoothing"],
             ema_decay=config["ema_decay"],
             accumulate=config["optimizer"]["accumulate"],
             augment=Augment(**config["augment"]),
         )
+
+    def in_phase(self, phase: Phase) -> "Recipe":
+        """Returns what a step does in a phase of the run."""
+        return dataclasses.replace(self, frozen=phase.frozen, resized_at=phase.resized_at)
 
 
 def is_frozen(name: str, patterns: Iterable[str]) -> bool:

@@ -90,16 +90,28 @@ def train_step(
 
 
 def _average(state: TrainState) -> TrainState:
-    """Moves the averages towards the state after an update; the first, far from the end, less."""
-    updates, left = jnp.divmod(state.step, state.recipe.accumulate)
-    updates = updates.astype(jnp.float32)
-    decay = jnp.minimum(state.recipe.ema_decay, (1 + updates) / (10 + updates))
+    """Moves the averages towards the state after an update; the first, far from the end, less.
 
-    def move(old, new):
-        moved = (new + decay * (old - new)).astype(old.dtype)
-        return moved if state.recipe.accumulate == 1 else jnp.where(left == 0, moved, old)
+    Those of statistics begin anew with each size of images, whose statistics are others.
+    """
+    recipe = state.recipe
 
-    return state.replace(ema=jax.tree.map(move, state.ema, state.parts))
+    def average(old, new, start):
+        updates, left = jnp.divmod(state.step - start, recipe.accumulate)
+        updates = updates.astype(jnp.float32)
+        decay = jnp.minimum(recipe.ema_decay, (1 + updates) / (10 + updates))
+
+        def move(old, new):
+            moved = (new + decay * (old - new)).astype(old.dtype)
+            return moved if recipe.accumulate == 1 else jnp.where(left == 0, moved, old)
+
+        return jax.tree.map(move, old, new)
+
+    starts = {"batch_stats": recipe.resized_at}
+    parts = state.parts
+    return state.replace(
+        ema={name: average(state.ema[name], parts[name], starts.get(name, 0)) for name in parts}
+    )
 
 
 def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> Metrics:

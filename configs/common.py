@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
     #                               loss counts it, that of an evaluation does not
     config.ema_decay = 0.0  # an update's share of the old averages of weights and statistics, which
     #                         are evaluated and predict in their place; 0: no averages. At first
-    #                         less, (1 + k) / (10 + k) after k updates
+    #                         less, (1 + k) / (10 + k) after k updates; for the statistics after
+    #                         k updates of the images' present size
     config.progressive = ""  # smaller images first: "2 until 3 epochs, 3 until 4 epochs" is
     #                          upsampling 2, then 3, then model.upsampling (pooled head)
 

@@ -56,10 +56,12 @@ def test_every_operation_is_compared():
     assert PILLOW.keys() == OPERATIONS.keys()
 
 
-@pytest.mark.parametrize("strength", [-29 / 30, 0.3, 29 / 30])
+@pytest.mark.parametrize("strength", [-29 / 30, 0.2, 0.3, 29 / 30])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation_is_pillows(images, name, strength):
     """Up to Pillow's rounding to whole values, twice where it first rounds what it blends with.
+
+    What has whole values has Pillow's.
 
     A pixel that an affine map takes from the border of two may be the other one.
     """
@@ -71,6 +73,8 @@ def test_operation_is_pillows(images, name, strength):
     geometric = name.startswith(("shear", "translate", "rotate"))
     if geometric:
         assert np.mean(difference > 0) < 0.005
+    elif name in ("identity", "posterize", "solarize", "equalize"):
+        assert difference.max() == 0
     else:
         assert difference.max() <= 2
 
@@ -169,6 +173,86 @@ def test_with_both_asked_for_one_is_drawn_at_even_odds(images):
     assert 0.4 < is_mixup.mean() < 0.6  # a rectangle that is empty or all looks like mixup too
     # The share of white pixels is the share of label 1, by mixup and by CutMix.
     np.testing.assert_allclose(mixed.mean((1, 2, 3)) / 255, targets[:, 1], atol=0.02)
+
+
+def one_alone(images, **field):
+    """Each image under a field of its own, sixteen keys for each of the eight; labels 0 to 7."""
+    labels = np.arange(8, dtype=np.int32)
+    config = Augment(**field)
+    compiled = jax.jit(lambda key: augment(images, labels, keys(8, key), config))
+    return [tuple(map(np.asarray, compiled(key))) for key in range(16)]
+
+
+def test_flip_alone_mirrors(images):
+    kinds = set()
+    for found, _ in one_alone(images, flip=True):
+        for image, each in zip(images, found, strict=True):
+            kinds.add((np.array_equal(each, image), np.array_equal(each, image[:, ::-1])))
+    assert kinds == {(True, False), (False, True)}
+
+
+@pytest.mark.parametrize("padding", [2, 4])
+def test_crop_alone_moves_as_far_as_it_says(images, padding):
+    """To each of the (2 padding + 1)^2 places alike; nearly all are seen in 128."""
+    places = set()
+    for found, _ in one_alone(images, crop_padding=padding):
+        for image, each in zip(images, found, strict=True):
+            padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+            shifts = np.ndindex(2 * padding + 1, 2 * padding + 1)
+            fits = [(i, j) for i, j in shifts if (padded[i : i + 32, j : j + 32] == each).all()]
+            assert len(fits) == 1
+            places.add(fits[0])
+    assert {i for i, _ in places} == {j for _, j in places} == set(range(2 * padding + 1))
+
+
+@pytest.mark.parametrize(("field", "alpha"), [("mixup", 0.2), ("mixup", 5.0), ("cutmix", 1.0)])
+def test_mixing_alone_takes_the_next_image_by_its_alpha(images, field, alpha):
+    shares = []
+    for found, targets in one_alone(images, **{field: alpha}):
+        for i, (image, target) in enumerate(zip(found, targets, strict=True)):
+            own, other = images[i].astype(np.float32), images[(i + 1) % 8].astype(np.float32)
+            share = target[i]
+            assert target.sum() == pytest.approx(1)
+            assert target[(i + 1) % 8] == pytest.approx(1 - share, abs=1e-6)
+            if field == "mixup":
+                np.testing.assert_allclose(image, share * own + (1 - share) * other, atol=1e-3)
+            else:
+                assert ((image == own).all(-1) | (image == other).all(-1)).all()
+            shares.append(share)
+    if field == "mixup":  # the variance of Beta(alpha, alpha), from 128 draws
+        assert np.var(shares) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.35)
+
+
+def test_draws_are_not_those_of_dropout(images):
+    """Which has the same keys: a step's flips must not go with its masks."""
+    flipped = jax.vmap(random_flip)(keys(1000), jnp.zeros((1000, 1, 2, 1)).at[..., 0, :].set(1))
+    labels = np.zeros(1000, np.int32)
+    small = np.zeros((1000, 1, 2, 3), np.uint8)
+    small[:, :, 0] = 1
+    found, _ = augment(small, labels, keys(1000), Augment(flip=True))
+    same = np.mean(np.asarray(found)[:, 0, 0, 0] == np.asarray(flipped)[:, 0, 0, 0])
+    assert 0.4 < same < 0.6
+
+
+def test_cutmix_cuts_by_the_root_of_the_share_anywhere():
+    """Sides of E[sqrt(1 - Beta)] before the border cuts them, centres drawn evenly, on 64 px."""
+    size = 64
+    own, other = np.zeros((size, size, 1), np.float32), np.ones((size, size, 1), np.float32)
+    label = np.eye(2, dtype=np.float32)
+    compiled = jax.jit(
+        jax.vmap(lambda key: cutmix(key, (own, label[0]), (other, label[1]), 5.0)[0])
+    )
+    inside = np.asarray(compiled(keys(2000)))[..., 0] > 0
+    rng = np.random.default_rng(0)
+    half = np.sqrt(1 - rng.beta(5, 5, 200_000)) / 2
+    centres = rng.uniform(size=(2, 200_000))
+    low, high = np.clip(centres - half, 0, 1), np.clip(centres + half, 0, 1)
+    assert inside.mean() == pytest.approx(np.prod(high - low, axis=0).mean(), rel=0.03)
+    rows, columns = inside.any(2).sum(1) / size, inside.any(1).sum(1) / size
+    assert np.std(rows) == pytest.approx(np.std(high - low), rel=0.1)
+    # Drawn apart: one centre for both would make them equal.
+    expected = np.corrcoef(*(high - low))[0, 1]
+    assert np.corrcoef(rows, columns)[0, 1] == pytest.approx(expected, abs=0.08)
 
 
 ALL = Augment(flip=True, crop_padding=4, policy="trivial", mixup=0.2, cutmix=1.0)

@@ -82,6 +82,22 @@ def test_weight_decay_spares_biases_and_is_decoupled(name):
     np.testing.assert_allclose(decayed["dense1"]["kernel"], second, rtol=1e-6)
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_weight_decay_is_outside_the_momentum(momentum, nesterov):
+    """Inside it, momentum 0.9 would make ten of one."""
+    config = dataclasses.replace(
+        BASE, name="sgd", momentum=momentum, nesterov=nesterov, weight_decay=0.5
+    )
+    optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(5):
+        updates, state = optimizer.update(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    expected = PARAMS["dense1"]["kernel"] * (1 - 0.1 * 0.5) ** 5
+    np.testing.assert_allclose(params["dense1"]["kernel"], expected, rtol=1e-6)
+
+
 def run_one(config):
     optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
     updates, _ = optimizer.update(GRADS[0], optimizer.init(PARAMS), PARAMS)

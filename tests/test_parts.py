@@ -1,6 +1,7 @@
 """A network cut behind any of its parts: names, shapes, and what both pieces compute together."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -61,3 +62,21 @@ def test_both_pieces_compute_the_whole(part, monkeypatch):
     maps = nnx.jit(lambda model: model.backbone_maps(images, train=False, part=part))(whole)
     found = nnx.jit(lambda model, maps: model(maps, train=False))(tail, maps)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class Unchanged(nnx.Module):
+    def __call__(self, maps, **_):
+        return maps
+
+
+def test_cached_maps_are_rounded_as_the_whole_rounds_them(monkeypatch):
+    """They come as float32, which identity shortcuts would carry on to the end of the stage."""
+    monkeypatch.setattr(resnet50, "STAGE_BLOCKS", (1, 1, 1, 3))
+    whole = nnx.eval_shape(lambda: TransferClassifier(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    images, maps = np.zeros((2, 32, 32, 3), np.uint8), np.zeros((2, 8, 8, 2048), np.float32)
+    expected = nnx.eval_shape(lambda model: model.backbone_maps(images, train=False), whole)
+    tail = TailClassifier(whole, "stage4.block1")
+    tail.head = Unchanged()
+    found = nnx.eval_shape(lambda model: model(maps, train=False), tail)
+    assert (found.shape, found.dtype) == (expected.shape, jnp.bfloat16)
+    assert expected.dtype == jnp.bfloat16

@@ -79,6 +79,33 @@ def test_runs_are_made_and_ranked_and_the_test_split_is_left(files, tmp_path, ca
     assert records(workdir)["fast"]["config"]["model"]["hidden_sizes"] == [32, 16]
 
 
+def test_the_ranking_is_by_validation_at_the_end(tmp_path):
+    """Neither by the best epoch, nor by loss or training; a failed run stands last."""
+    accuracies = {  # of training and validation, for two epochs
+        "late": [(0.1, 0.5), (0.2, 0.7)],
+        "early": [(0.8, 0.9), (0.9, 0.6)],
+        "never": [],
+        "failed": [(0.9, 0.95), (0.95, 0.99)],
+    }
+    for name, epochs in accuracies.items():
+        (tmp_path / name).mkdir()
+        rows = [
+            {"step": 10 * n, "epoch": n, "event": "evaluation", "train_seconds": 60.0 * n}
+            | {"train_accuracy": train, "validation_accuracy": validation}
+            | {"train_loss": 1 - train, "validation_loss": validation}
+            for n, (train, validation) in enumerate(epochs, start=1)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    ranking = sweep.rank(list(accuracies)[::-1], tmp_path, failed={"failed"})
+    assert sweep.format_ranking(ranking).splitlines()[2:] == [
+        "| late | 0.7000 | 2 | 0.7000 | 2 | 2.0 |",
+        "| early | 0.6000 | 2 | 0.9000 | 1 | 2.0 |",
+        "| failed | failed | - | - | - | - |",
+        "| never | - | - | - | - | - |",
+    ]
+
+
 def test_other_flags_are_refused(files, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}", "--profile", "--config.seed=1"])

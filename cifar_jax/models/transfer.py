@@ -250,7 +250,9 @@ class TailClassifier(nnx.Module):
         axis_name: str | None = None,
     ) -> jax.Array:
         """Logits of maps [B, h, w, C]; a pooled head also takes the means of the last maps."""
-        behind = self.backbone.after(self.part, maps, train=train, axis_name=axis_name)
+        # As the whole model has them there; a head that follows at once takes means as they are.
+        rounded = maps.astype(self.backbone.dtype)
+        behind = self.backbone.after(self.part, rounded, train=train, axis_name=axis_name)
         return self.head(behind.get(LAST_PART, maps), train=train, keys=keys, axis_name=axis_name)
 
 
