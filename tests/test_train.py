@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from cifar_jax import config as configuration
 from cifar_jax.checkpoint import FOLDER, REPLACED, find_step, read_checkpoint
 from cifar_jax.errors import RunError, UserError
 from cifar_jax.evaluate import evaluate
@@ -164,8 +165,10 @@ def test_a_damaged_latest_checkpoint_costs_only_its_steps(
     assert_same_run(tmp_path, reference)
 
 
-def test_where_the_weights_came_from_is_kept(module_config, tmp_path, capsys):
+def test_where_the_weights_came_from_is_kept(module_config, tmp_path, capsys, monkeypatch):
     """The file may have moved: it was read by the first start, and no other one needs it."""
+    # A quick MLP stands in for what has such a file.
+    monkeypatch.delitem(configuration.ONLY_RESNET50, "model.pretrained")
     config = module_config.copy_and_resolve_references()
     config.train_for = "1 epoch"
     train_and_evaluate(config, tmp_path)
