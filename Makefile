@@ -8,6 +8,7 @@ WORKDIR ?= runs/mlp
 WEIGHTS ?= $(or $(CIFAR_JAX_WEIGHTS),torchvision)
 # Further flags of the command that trains, such as --config.seed=1.
 FLAGS :=
+# The value that FLAGS give --config.data.NAME.
 flag = $(patsubst --config.data.$(1)=%,%,$(filter --config.data.$(1)=%,$(FLAGS)))
 PYTEST := $(BIN)/python -m pytest
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

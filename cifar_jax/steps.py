@@ -4,6 +4,7 @@ They know nothing of jit, devices, files or configurations: `parallel.py` compil
 sharded global batch or, with `axis_name`, for one device's share of it under `jax.pmap`.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -90,28 +91,23 @@ def train_step(
 
 
 def _average(state: TrainState) -> TrainState:
-    """Moves the averages towards the state after an update; the first, far from the end, less.
-
-    Those of statistics begin anew with each size of images, whose statistics are others.
-    """
+    """Moves the averages towards the state after an update; the first, far from the end, less."""
     recipe = state.recipe
 
-    def average(old, new, start):
+    def move(old, new, start):
         updates, left = jnp.divmod(state.step - start, recipe.accumulate)
         updates = updates.astype(jnp.float32)
         decay = jnp.minimum(recipe.ema_decay, (1 + updates) / (10 + updates))
+        moved = (new + decay * (old - new)).astype(old.dtype)
+        return moved if recipe.accumulate == 1 else jnp.where(left == 0, moved, old)
 
-        def move(old, new):
-            moved = (new + decay * (old - new)).astype(old.dtype)
-            return moved if recipe.accumulate == 1 else jnp.where(left == 0, moved, old)
-
-        return jax.tree.map(move, old, new)
-
-    starts = {"batch_stats": recipe.resized_at}
-    parts = state.parts
-    return state.replace(
-        ema={name: average(state.ema[name], parts[name], starts.get(name, 0)) for name in parts}
-    )
+    # Images of another size have other statistics, whose averages begin anew.
+    starts = {"params": 0, "batch_stats": recipe.resized_at}
+    ema = {
+        name: jax.tree.map(functools.partial(move, start=starts[name]), state.ema[name], part)
+        for name, part in state.parts.items()
+    }
+    return state.replace(ema=ema)
 
 
 def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) -> Metrics:

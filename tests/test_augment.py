@@ -223,15 +223,15 @@ def test_mixing_alone_takes_the_next_image_by_its_alpha(images, field, alpha):
         assert np.var(shares) == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.35)
 
 
-def test_draws_are_not_those_of_dropout(images):
-    """Which has the same keys: a step's flips must not go with its masks."""
-    flipped = jax.vmap(random_flip)(keys(1000), jnp.zeros((1000, 1, 2, 1)).at[..., 0, :].set(1))
-    labels = np.zeros(1000, np.int32)
-    small = np.zeros((1000, 1, 2, 3), np.uint8)
-    small[:, :, 0] = 1
-    found, _ = augment(small, labels, keys(1000), Augment(flip=True))
-    same = np.mean(np.asarray(found)[:, 0, 0, 0] == np.asarray(flipped)[:, 0, 0, 0])
-    assert 0.4 < same < 0.6
+def test_draws_are_not_those_of_dropout():
+    """Which splits the same keys: a step's flips must not go with its masks."""
+    pictures = np.zeros((1000, 1, 2, 3), np.uint8)
+    pictures[:, :, 0] = 1
+    found, _ = augment(pictures, np.zeros(1000, np.int32), keys(1000), Augment(flip=True))
+    split = jax.vmap(lambda key: jax.random.split(key, 4))(keys(1000))
+    for each in (split[:, i] for i in range(4)):
+        same = np.asarray(found == jax.vmap(random_flip)(each, pictures)).all((1, 2, 3))
+        assert 0.4 < same.mean() < 0.6
 
 
 def test_cutmix_cuts_by_the_root_of_the_share_anywhere():

@@ -122,18 +122,19 @@ CLIPPED = dict(clip_norm=0.05, weight_decay=0.1, momentum=0.9)
 def test_accumulated_steps_are_one_of_the_big_batch(batch, changes):
     """The MLP has no batch statistics: the mean of the gradients of parts is that of the whole.
 
-    It is what is clipped and scaled, and decay comes once. Adam and RMSprop divide a gradient by
-    its own size, so that rounding is that of the smallest gradients.
+    It is what is clipped and scaled, and decay comes once.
     """
-    config = dataclasses.replace(SGD, learning_rate=0.01, **changes)
+    config = dataclasses.replace(SGD, **changes)
     whole, _ = train_step(mlp_state(config=config), batch(0, 24))
     parts = mlp_state(config=dataclasses.replace(config, accumulate=3))
     start = parts.params
     for number in range(3):
         assert number == 0 or jax.tree.all(jax.tree.map(np.array_equal, parts.params, start))
         parts, _ = train_step(parts, batch(8 * number, 8))
+    # Adam and RMSprop divide a gradient by its own size: the smallest ones' rounding grows.
+    atol = 1e-7 if config.name == "sgd" else 1e-4
     for found, expected in zip(*map(jax.tree.leaves, (parts.params, whole.params)), strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=atol)
 
 
 def test_accumulated_steps_share_momentum_and_schedule_with_the_big_batch(batch):

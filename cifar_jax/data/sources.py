@@ -121,7 +121,7 @@ def load(source: str = "auto", directory: str | os.PathLike = DEFAULT_DIRECTORY)
     if source == "sample":
         arrays = read_sample(_SAMPLE_FOLDER)
         return _checked(arrays, "sample shipped with cifar_jax", SAMPLE_SHA256, is_sample=True)
-    if not directory.exists() and directory.name.endswith(ARCHIVES):
+    if not directory.exists() and directory.name.endswith((".tar.gz", ".tgz")):
         raise UserError(f"data.directory: {directory}: no such archive")
     is_file = directory.exists() and not directory.is_dir()
     if source == "tfds":
