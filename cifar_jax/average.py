@@ -23,7 +23,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax.config import check_version, flatten
-from cifar_jax.errors import UserError, exit_on_user_error, tell
+from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging, tell
 from cifar_jax.memory import keep_freed_memory
 from cifar_jax.phases import UPSAMPLINGS
 
@@ -51,6 +51,7 @@ def average(
     checkpoint: str = "latest",
     upsampling: int | None = None,
     images: int = IMAGES,
+    directory: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Writes averaged weights with their own statistics, and tells how good they are.
 
@@ -60,6 +61,7 @@ def average(
       checkpoint: of each run: "latest", "best" on validation, or "all" that it keeps.
       upsampling: of the images from now on, 1 to 8; None: the runs' own.
       images: training images that the statistics are measured on; whole batches are taken.
+      directory: of the images, where it is not the first run's own.
 
     Returns:
       {"checkpoints": names, "loss": nats, "accuracy": 0..1, "count": validation images}.
@@ -84,7 +86,7 @@ def average(
     header = _header(checkpoints, upsampling, images)
     config = first.extra["config"]
     config = {**config, "model": {**config["model"], "upsampling": header.upsampling}}
-    data, splits = load_splits(config)
+    data, splits = load_splits(config, directory)
     for each in checkpoints:
         check_same_images(data, splits, each.extra, workdir=each.name)
     plan = make_plan(config, train_count=len(splits["train"]))
@@ -253,8 +255,12 @@ def main() -> None:
         default=IMAGES,
         help="training images that the statistics are measured on (default: %(default)s)",
     )
+    parser.add_argument(
+        "--directory", metavar="DIR", help="of the images, where not the first run's own"
+    )
     options = parser.parse_intermixed_args()
     with exit_on_user_error():
+        set_up_logging()
         keep_freed_memory()
         print(json.dumps(average(**vars(options))))
 

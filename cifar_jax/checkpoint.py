@@ -6,6 +6,7 @@ without any device axis, so that one format serves every execution and number of
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import pathlib
@@ -25,6 +26,11 @@ HEAD_FOLDER = "head"  # in a workdir of cifar_jax.features: checkpoints of what 
 REPLACED = ".replaced_checkpoint_"  # with the step, while that is saved again
 METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]
+# What keeps a reader from a file that may be whole.
+_NOT_THE_FILES_FAULT = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.ESTALE, errno.EIO),
+}
 
 
 def digest(arrays: Mapping[str, np.ndarray], extra: Mapping[str, Any]) -> str:
@@ -130,13 +136,14 @@ class Checkpointer:
           Step, arrays and extra, or None where there is no checkpoint.
 
         Raises:
-          UserError: where checkpoints exist and none can be read.
+          UserError: where checkpoints exist and none is whole.
+          RunError: where the system does not let one be read, which may be whole.
         """
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                arrays, extra = read_checkpoint(self.workdir, step)
-            except UserError as error:
+                arrays, extra = _read(self.workdir, step)
+            except _Damaged as error:
                 warn(f"{error}; going back to the checkpoint before it")
                 continue
             return step, arrays, extra
@@ -162,7 +169,7 @@ class Checkpointer:
         """Which costs a checkpoint its claim to be the best; orbax would read none beside them."""
         for step in _steps(self.workdir):
             try:
-                _read_accuracy(self.workdir, step)
+                read_accuracy(self.workdir, step)
             except UserError as error:
                 target = self.workdir / CORRUPT_FOLDER / f"{step}_metrics"
                 shutil.rmtree(target, ignore_errors=True)
@@ -179,8 +186,23 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
     """Reads and verifies one checkpoint.
 
     Raises:
-      UserError: if anything is missing, unreadable or not what was saved.
+      UserError: if anything is missing, damaged or not what was saved.
+      RunError: if the system does not let it be read, as when too many files are open.
     """
+    try:
+        return _read(workdir, step)
+    except _Damaged as error:
+        raise UserError(
+            f"{error}; restore it from a backup, name another one of the run (--checkpoint), or "
+            "train on with the run's own command, which goes back to the one before"
+        ) from error
+
+
+class _Damaged(UserError):
+    """A checkpoint that is not what was saved; what to do then depends on who reads it."""
+
+
+def _read(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str, Any]]:
     folder = workdir / FOLDER / str(step)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -191,9 +213,14 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
         intact = extra.pop("sha256") == digest(arrays, extra)
     # A damaged file surfaces as whatever the layer below it raises.
     except Exception as error:
-        raise UserError(f"{folder} is damaged ({one_line(error)})") from error
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT:
+            raise RunError(
+                f"{folder} cannot be read ({one_line(error)}); it was left as it is: mend that, "
+                "then run the same command again"
+            ) from error
+        raise _Damaged(f"{folder} is damaged ({one_line(error)})") from error
     if not intact:
-        raise UserError(f"{folder} is damaged (its content does not match its SHA-256)")
+        raise _Damaged(f"{folder} is damaged (its content does not match its SHA-256)")
     return arrays, extra
 
 
@@ -224,7 +251,7 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
     """
     folder, steps = workdir / FOLDER, _steps(workdir)
     if which == "best":
-        accuracies = {step: _read_accuracy(workdir, step) for step in steps}
+        accuracies = {step: read_accuracy(workdir, step) for step in steps}
         ranks = {step: (value, step) for step, value in accuracies.items() if value is not None}
     else:
         ranks = {step: step for step in steps}
@@ -241,8 +268,12 @@ def _steps(workdir: pathlib.Path) -> list[int]:
     return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
 
 
-def _read_accuracy(workdir: pathlib.Path, step: int) -> float | None:
-    """Returns that on validation; None where a checkpoint was saved without it."""
+def read_accuracy(workdir: pathlib.Path, step: int) -> float | None:
+    """Returns a checkpoint's on validation, 0..1; None where it was saved without.
+
+    Raises:
+      UserError: where its file is damaged.
+    """
     file = workdir / FOLDER / str(step) / "metrics" / "metrics"
     if not file.parent.exists():
         return None

@@ -1,6 +1,5 @@
 """What the commands that train share: their flags, their logging, and how they end."""
 
-import logging
 import os
 import re
 import shlex
@@ -9,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
 from absl import flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from cifar_jax.config import flatten
@@ -150,28 +148,6 @@ def show_help(values: flags.FlagValues, doc: str, names: Sequence[str]) -> NoRet
             print(f"--config.{key}={value}")
     sys.stdout.flush()  # a reader that has left is noticed here
     sys.exit(0)
-
-
-def set_up_logging() -> None:
-    """Leaves standard error to us: what goes wrong elsewhere reaches the run as an exception."""
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("cifar_jax").setLevel(logging.INFO)
-    # TensorFlow only feeds the input pipeline: its notes on CPU features are noise here, and the
-    # one on oneDNN comes whatever the log level is.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    absl_logging.set_verbosity(absl_logging.FATAL)
-    report = sys.unraisablehook
-
-    def without_late_callbacks(unraisable):
-        # Orbax gives up a read or a write at its first failure; what else was under way then ends
-        # in a closed event loop, each time with a traceback that says no more than that.
-        if str(unraisable.exc_value) != "Event loop is closed":
-            report(unraisable)
-
-    sys.unraisablehook = without_late_callbacks
-    # And of its other writes that failed as well, asyncio tells the same way when they are dropped.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def end(result: "Result", workdir: str, *, module: str) -> None:

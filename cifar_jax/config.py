@@ -4,8 +4,8 @@
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
-from fractions import Fraction
 from typing import Any
 
 import ml_collections
@@ -16,7 +16,6 @@ from cifar_jax.parts import part_names
 from cifar_jax.phases import UPSAMPLINGS, check_spans
 
 UINT32_MAX = 2**32 - 1
-INT32_MAX = 2**31 - 1  # of the state's step counter
 Rule = tuple[Callable[[Any], bool], str]  # what a value must satisfy, and that in words
 
 
@@ -148,46 +147,6 @@ MAY_CHANGE = {
 }
 
 
-def durations_in_steps(
-    config: Mapping[str, Any], steps_per_epoch: int
-) -> dict[str, int | Fraction]:
-    """Returns every duration of `config` in steps, keyed as in the configuration.
-
-    "train_for" and "warmup" are whole numbers; what comes again and again is exact.
-
-    Raises:
-      UserError: for a period that comes out below one step.
-    """
-    texts = {key: config[key] for key in PERIODS}
-    durations = {key: Duration.parse(text, key=key) for key, text in texts.items()}
-    steps = {key: each.exact_steps(steps_per_epoch) for key, each in durations.items()}
-    for key, value in steps.items():
-        if value > INT32_MAX:
-            raise UserError(f'config.{key} is "{texts[key]}"; expected at most {INT32_MAX} steps')
-        if value < 1:
-            raise UserError(
-                f'config.{key} is "{texts[key]}"; that is less than one step '
-                f"(an epoch has {steps_per_epoch})"
-            )
-    steps_an_update = config["optimizer"]["accumulate"]
-    steps["train_for"] = durations["train_for"].steps(
-        steps_per_epoch, steps_an_update=steps_an_update
-    )
-    if not steps["train_for"]:
-        raise UserError(
-            f'config.train_for is "{texts["train_for"]}"; that is less than one update of '
-            f"{steps_an_update} steps (config.optimizer.accumulate)"
-        )
-    warmup = Duration.parse(config["schedule"]["warmup"], key="schedule.warmup")
-    steps["warmup"] = warmup.steps(steps_per_epoch)
-    if steps["warmup"] > steps["train_for"]:
-        raise UserError(
-            f"config.schedule.warmup is {steps['warmup']} steps; the whole run "
-            f"(config.train_for) has {steps['train_for']}"
-        )
-    return steps
-
-
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yields ("optimizer.name", "rmsprop") and so on, in the order of the configuration."""
     for key, value in config.items():
@@ -198,13 +157,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Returns plain nested dictionaries and lists that JSON can hold."""
-    return {
+    """Returns plain nested dictionaries and lists that JSON can hold.
+
+    A relative `data.directory` becomes absolute: who reads it later may be in another folder.
+    """
+    plain = {
         key: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
         if isinstance(value, dict)
         else value
         for key, value in config.to_dict().items()
     }
+    if not plain["data"]["directory"].startswith("~"):
+        plain["data"]["directory"] = os.path.abspath(plain["data"]["directory"])
+    return plain
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -228,6 +193,23 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"config.{key} is {values[key]!r}; only a resnet50 has what it is for")
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
+
+
+def check_whole_model(config: Mapping[str, Any]) -> None:
+    """Refuses a configuration that trains only what follows cached features.
+
+    Args:
+      config: as `to_dict` gives it.
+
+    Raises:
+      UserError: naming the key.
+    """
+    features = config["freeze"]["features"]
+    if features != "stage4":
+        raise UserError(
+            f'config.freeze.features is "{features}"; cifar_jax.features reads it, here '
+            "config.freeze.layers names what does not learn"
+        )
 
 
 def check_features(config: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import logging
 import os
 import signal
 import sys
@@ -23,6 +24,14 @@ class RunError(UserError):
     """A run that cannot go on, though nothing was wrong with what it was given at first."""
 
     exit_code = 1
+
+
+_FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+
+
+def kind_of_failed_write(error: BaseException) -> type[UserError]:
+    """Returns what to raise: a full or failing disk is nobody's bad input."""
+    return RunError if getattr(error, "errno", None) in _FAILING_DISK else UserError
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
@@ -66,6 +75,30 @@ def tell(text: str) -> None:
     print(text, file=LastingStream(sys.stderr))
 
 
+def set_up_logging() -> None:
+    """Leaves standard error to us: what goes wrong elsewhere reaches the run as an exception."""
+    from absl import logging as absl_logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("cifar_jax").setLevel(logging.INFO)
+    # TensorFlow only feeds the input pipeline: its notes on CPU features are noise here, and the
+    # one on oneDNN comes whatever the log level is.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    report = sys.unraisablehook
+
+    def without_late_callbacks(unraisable):
+        # Orbax gives up a read or a write at its first failure; what else was under way then ends
+        # in a closed event loop, each time with a traceback that says no more than that.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            report(unraisable)
+
+    sys.unraisablehook = without_late_callbacks
+    # And of its other writes that failed as well, asyncio tells the same way when they are dropped.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Ends the process with an exit code, and at most one line on stderr, if the block fails.
@@ -74,6 +107,8 @@ def exit_on_user_error() -> Iterator[None]:
     with 141; a failed write or too little memory with 1. Anything else is a defect of ours and
     keeps its traceback.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # paths may hold what is no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
         sys.stdout.flush()

@@ -8,8 +8,8 @@ seconds. The same command goes on where a stopped one left off. WORKDIR then hol
 backbone and head, for predict and evaluate.
 """
 
-from cifar_jax.command import end, parse_flags, set_up_logging
-from cifar_jax.errors import exit_on_user_error
+from cifar_jax.command import end, parse_flags
+from cifar_jax.errors import exit_on_user_error, set_up_logging
 from cifar_jax.memory import keep_freed_memory
 
 EXAMPLES = {"config": "configs/resnet50_probe.py", "workdir": "runs/probe"}

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 import ml_collections
 
-from cifar_jax.command import parse_flags, set_up_logging
-from cifar_jax.errors import UserError, exit_on_user_error, tell
+from cifar_jax.command import parse_flags
+from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging, tell
 from cifar_jax.memory import keep_freed_memory
 
 KS = (5, 10, 20, 50, 100, 200)

@@ -216,8 +216,8 @@ class Loop:
             raise RunError(
                 f"the training loss is {losses[bad[0]]} at step {step} "
                 f"(learning rate {self.learning_rate(step):g}); last good checkpoint: "
-                f"{self.checkpointer.describe_latest()}. Lower config.optimizer.learning_rate or "
-                "set config.optimizer.clip_norm"
+                f"{self.checkpointer.describe_latest()}. With another --workdir, lower "
+                "config.optimizer.learning_rate or set config.optimizer.clip_norm"
             )
 
     def finish_edge(self) -> None:

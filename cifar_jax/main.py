@@ -7,8 +7,8 @@ The same command goes on where a stopped run left off. Every field of the config
 unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
 """
 
-from cifar_jax.command import end, parse_flags, set_up_logging
-from cifar_jax.errors import exit_on_user_error
+from cifar_jax.command import end, parse_flags
+from cifar_jax.errors import exit_on_user_error, set_up_logging
 from cifar_jax.memory import keep_freed_memory
 
 EXAMPLES = {"config": "configs/mlp.py", "workdir": "runs/mlp"}

@@ -51,6 +51,8 @@ def parse_spans(text: str, *, key: str) -> list[Span]:
                 f'config.{key} is "{text}"; expected parts such as "NAMES until 2 epochs", with '
                 "commas between them, of which only the last may have no end"
             )
+        if " until " in end:
+            raise UserError(f'config.{key} is "{text}"; "{part}" has two ends: expected one')
         spans.append(Span(tuple(words.split()), Duration.parse(end, key=key) if until else None))
     return spans
 

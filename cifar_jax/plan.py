@@ -6,9 +6,11 @@ from fractions import Fraction
 from typing import Any
 
 from cifar_jax import config as configuration
-from cifar_jax.durations import nearest_step
+from cifar_jax.durations import Duration, nearest_step
 from cifar_jax.errors import UserError
 from cifar_jax.phases import Phase, make_phases
+
+INT32_MAX = 2**31 - 1  # of the state's step counter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +66,7 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
         raise UserError(
             f"config.batch_size is {batch_size}; expected at most the {train_count} training images"
         )
-    steps = configuration.durations_in_steps(config, steps_per_epoch)
+    steps = durations_in_steps(config, steps_per_epoch)
     phases = make_phases(config, steps_per_epoch=steps_per_epoch, total=steps["train_for"])
     return Plan(
         seed=config["seed"],
@@ -79,6 +81,46 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
         checkpoint_every=steps["checkpoint_every"],
         phases=tuple(phases),
     )
+
+
+def durations_in_steps(
+    config: Mapping[str, Any], steps_per_epoch: int
+) -> dict[str, int | Fraction]:
+    """Returns every duration of `config` in steps, keyed as in the configuration.
+
+    "train_for" and "warmup" are whole numbers; what comes again and again is exact.
+
+    Raises:
+      UserError: for a period that comes out below one step.
+    """
+    texts = {key: config[key] for key in configuration.PERIODS}
+    durations = {key: Duration.parse(text, key=key) for key, text in texts.items()}
+    steps = {key: each.exact_steps(steps_per_epoch) for key, each in durations.items()}
+    for key, value in steps.items():
+        if value > INT32_MAX:
+            raise UserError(f'config.{key} is "{texts[key]}"; expected at most {INT32_MAX} steps')
+        if value < 1:
+            raise UserError(
+                f'config.{key} is "{texts[key]}"; that is less than one step '
+                f"(an epoch has {steps_per_epoch})"
+            )
+    steps_an_update = config["optimizer"]["accumulate"]
+    steps["train_for"] = durations["train_for"].steps(
+        steps_per_epoch, steps_an_update=steps_an_update
+    )
+    if not steps["train_for"]:
+        raise UserError(
+            f'config.train_for is "{texts["train_for"]}"; that is less than one update of '
+            f"{steps_an_update} steps (config.optimizer.accumulate)"
+        )
+    warmup = Duration.parse(config["schedule"]["warmup"], key="schedule.warmup")
+    steps["warmup"] = warmup.steps(steps_per_epoch, steps_an_update=steps_an_update)
+    if steps["warmup"] > steps["train_for"]:
+        raise UserError(
+            f"config.schedule.warmup is {steps['warmup']} steps; the whole run "
+            f"(config.train_for) has {steps['train_for']}"
+        )
+    return steps
 
 
 def next_stop(step: int, periods: list[Fraction | int], total: int) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging
 from cifar_jax.models.transfer import INTERPOLATIONS, PREPROCESSINGS, UPSAMPLINGS
 from cifar_jax.predict import CHECKPOINTS
 from cifar_jax.pretrained import certificate, fetch, ours, port
@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = _parse(arguments)
     stated = {name: vars(flags)[name] for name in STATED if vars(flags)[name] is not None}
     with exit_on_user_error():
+        set_up_logging()
         _check_request(flags, stated)
         folder = Path(flags.source).expanduser()
         is_run = flags.source not in fetch.NAMES and folder.is_dir()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging
 from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.picture import read_picture
 
@@ -120,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
     paths, images, errors = [], [], []
     with exit_on_user_error():
+        set_up_logging()
         for path in options.pictures:
             try:
                 images.append(read_picture(path))

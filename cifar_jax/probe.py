@@ -1,5 +1,6 @@
 """What follows a frozen part of the backbone: features computed once, trained on like images."""
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -16,9 +17,11 @@ from cifar_jax.backbone import Backbone
 from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
 from cifar_jax.checkpoint import (
     HEAD_FOLDER,
+    Arrays,
     Checkpointer,
     find_step,
     has_checkpoints,
+    read_accuracy,
     read_checkpoint,
 )
 from cifar_jax.data.sources import Dataset
@@ -138,11 +141,13 @@ def _features_of_finished(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]
     """
     record = read_run_record(workdir) if has_run_record(workdir) else {}
     asked, total = setup.config["model"]["pretrained"], setup.plan.total
+    steps = _steps_of_heads(workdir)
     finished = (
-        field(record, "result.step") == total
+        # The whole model is written after all that a run does, but for a test asked for later.
+        (field(record, "result.step") == total or not setup.config["test"])
         and field(record, "config.model.pretrained") == asked
-        and _is_whole(workdir / HEAD_FOLDER, total)
-        and all(_is_whole(workdir, step) for step in _steps_of_whole_model(workdir))
+        and total in steps
+        and all(_is_written(workdir, step) for step in steps)
     )
     return record.get("features") if finished else None
 
@@ -229,35 +234,55 @@ def _write_whole_model(
     workdir: pathlib.Path, backbone: Mapping[str, np.ndarray], template: Mapping[str, Any]
 ) -> None:
     """Puts the latest and the best head behind the backbone, as checkpoints of the whole model."""
-    steps = _steps_of_whole_model(workdir)
-    if all(_is_whole(workdir, step) for step in steps):
+    if all(_is_written(workdir, step) for step in _steps_of_heads(workdir)):
         return
+    heads = list(_read_heads(workdir))
     # All of it, because steps can only be added in order; the heads are kept.
     shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
-    checkpointer = Checkpointer(workdir, keep=len(steps))
-    for step in steps:
-        arrays, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
-        head = trained_arrays(arrays)
+    checkpointer = Checkpointer(workdir, keep=len(heads))
+    for step, head, extra in heads:
         arrays = {
             name: backbone[name.partition(".")[2]] if name not in head else head[name]
             for name in named_leaves(template)
         }
-        best = step == steps[0]  # the latest one is not better, or it would be the best
-        accuracy = extra["history"]["best_accuracy"] if best else None
-        checkpointer.save(step, arrays, extra, accuracy=accuracy)
+        checkpointer.save(step, arrays, extra, accuracy=read_accuracy(workdir / HEAD_FOLDER, step))
     checkpointer.wait()
     checkpointer.close()
 
 
-def _steps_of_whole_model(workdir: pathlib.Path) -> list[int]:
-    return sorted({find_step(workdir / HEAD_FOLDER, which) for which in ("best", "latest")})
+def _steps_of_heads(workdir: pathlib.Path) -> list[int]:
+    """Returns the steps of the best and the latest head, in order; none where there is no head."""
+    steps = set()
+    for which in ("best", "latest"):
+        # A damaged file of accuracies costs only the best.
+        with contextlib.suppress(UserError):
+            steps.add(find_step(workdir / HEAD_FOLDER, which))
+    return sorted(steps)
 
 
-def _is_whole(workdir: pathlib.Path, step: int) -> bool:
+def _read_heads(workdir: pathlib.Path) -> Iterator[tuple[int, Arrays, dict[str, Any]]]:
+    """Yields step, arrays and extra of the best and the latest head, in order."""
+    *earlier, latest = _steps_of_heads(workdir)
+    for step in [*earlier, latest]:
+        try:
+            arrays, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
+        except UserError as error:
+            if step == latest:
+                raise
+            tell(f"warning: {error}; the whole model is written without it")
+            continue
+        yield step, trained_arrays(arrays), extra
+
+
+def _is_written(workdir: pathlib.Path, step: int) -> bool:
+    """Tells whether the whole model of a step is there, with the head and accuracy of that step."""
+    head = workdir / HEAD_FOLDER
     if not (workdir / CHECKPOINTS / str(step)).is_dir():
         return False
     try:
-        read_checkpoint(workdir, step)
+        if read_accuracy(workdir, step) != read_accuracy(head, step):
+            return False
+        whole, arrays = (read_checkpoint(folder, step)[0] for folder in (workdir, head))
     except UserError:
         return False
-    return True
+    return all(np.array_equal(whole[name], x) for name, x in trained_arrays(arrays).items())

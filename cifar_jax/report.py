@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--figure={options.figure}: expected a name that ends in .png")
         if figure and not figure.parent.is_dir():
             raise UserError(f"--figure={options.figure}: there is no folder {figure.parent}")
+        if figure and figure.is_dir():
+            raise UserError(f"--figure={options.figure}: is a folder; name a file to write")
         runs = {
             name: _read_run(workdir)
             for name, workdir in zip(_names(options.runs), options.runs, strict=True)
@@ -159,6 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, (_, rows) in runs.items():
             if figure and not evaluation_rows(rows):
                 raise UserError(f"{name}: no evaluation in its metrics; leave it out of --figure")
+            if options.by == "minutes" and any("train_seconds" not in row for row in rows):
+                raise UserError(f"{name}: its metrics have no train_seconds; use --by=epochs")
         print(markdown_table(runs))
         if figure:
             curves = {name: rows for name, (_, rows) in runs.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from cifar_jax.checkpoint import digest, find_step, read_checkpoint
 from cifar_jax.errors import UserError
+from cifar_jax.parallel import check_devices
 from cifar_jax.pretrained import ours, port
 from cifar_jax.pretrained.names import printable
 from cifar_jax.recording.run_record import has_run_record, read_run_record
@@ -35,6 +36,7 @@ def read_run(workdir: pathlib.Path, checkpoint: str) -> RunWeights:
 
 def read_step(workdir: pathlib.Path, step: int) -> RunWeights:
     """Reads the checkpoint of a step, as `read_run`."""
+    check_devices()  # or orbax would call an intact checkpoint unreadable
     workdir = workdir.absolute()  # orbax insists
     arrays, extra = read_checkpoint(workdir, step)
     model = extra["config"]["model"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,13 +59,19 @@ class Setup:
         }
 
 
-def load_splits(config: Mapping[str, Any]) -> tuple[Dataset, dict[str, Split]]:
+def load_splits(
+    config: Mapping[str, Any], directory: str | os.PathLike | None = None
+) -> tuple[Dataset, dict[str, Split]]:
     """Finds the images of `config.data` and says which are for what.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      directory: in place of `config.data.directory`.
 
     Raises:
       UserError: without the images, or for splits that they do not allow.
     """
-    data = load(config["data"]["source"], config["data"]["directory"])
+    data = load(config["data"]["source"], directory or config["data"]["directory"])
     splits = make_splits(
         data,
         protocol=config["data"]["protocol"],
@@ -88,7 +95,7 @@ def check_same_images(
     if not same_images or saved["splits_sha256"] != fingerprint(splits):
         raise UserError(
             f"{workdir} holds a run on other images or splits than {data.source} gives; use the "
-            "data that it was started with (config.data.source, config.data.directory)"
+            "data that it was started with (config.data.directory, or --directory)"
         )
 
 

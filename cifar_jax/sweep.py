@@ -97,12 +97,17 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
     Raises:
       UserError: naming file and run.
     """
+    if any(flag.startswith("--config.test=") for flag in shared):
+        raise UserError("--config.test: a sweep leaves the test split unread, in all of its runs")
     for name, (module, *flags) in runs.items():
         try:
             values, _ = read_flags(["config"], ["sweep", *shared, *flags])
             configuration.check(values.config)
+            plain = configuration.to_dict(values.config)
             if module.endswith(".features"):
-                configuration.check_features(configuration.to_dict(values.config))
+                configuration.check_features(plain)
+            else:
+                configuration.check_whole_model(plain)
         except UserError as error:
             raise UserError(f"{path}: {name}: {error}") from error
 

@@ -57,14 +57,10 @@ def train_and_evaluate(
       RunError: when the loss is not finite or a checkpoint cannot be written.
     """
     configuration.check(config)
-    workdir = pathlib.Path(workdir).expanduser().absolute()
-    if config.freeze.features != "stage4":
-        raise UserError(
-            f'config.freeze.features is "{config.freeze.features}"; cifar_jax.features reads it, '
-            "here config.freeze.layers names what does not learn"
-        )
-    check_devices()
     plain = configuration.to_dict(config)
+    configuration.check_whole_model(plain)
+    workdir = pathlib.Path(workdir).expanduser().absolute()
+    check_devices()
     if not has_checkpoints(workdir):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
     with jax.default_matmul_precision(config.matmul_precision):
@@ -84,11 +80,12 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
     )
     checkpointer = Checkpointer(workdir / setup.checkpoints, keep=setup.config["keep_checkpoints"])
     setup, state, history, weights = _restore(setup, checkpointer, workdir, record=record)
-    _record_start(setup, workdir, record, step=int(state.step), weights=weights)
+    start = int(state.step)
+    _record_start(setup, workdir, record, step=start, weights=weights)
     with open_recorder(
         workdir,
         title=title(setup),
-        start_step=int(state.step),
+        start_step=start,
         start_rows=history.rows,
         total_steps=plan.total,
         steps_per_epoch=plan.steps_per_epoch,
@@ -98,7 +95,7 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
         if missing := history.rows - len(recorder.rows):
             recorder.message(f"warning: {workdir / JSONL_NAME} lacks {missing} rows of this run")
             history.rows -= missing
-        recorder.message(describe_start(setup, step=int(state.step)))
+        recorder.message(describe_start(setup, step=start))
         loop = Loop(
             state=state,
             history=history,
@@ -113,11 +110,16 @@ def run(setup: Setup, workdir: pathlib.Path, *, stop: StopSignal, profile: bool)
             recorder=recorder,
             stop=stop,
         )
+        del state  # on the host, where the loop has its own on the devices
         loop.fit(workdir / PROFILE_FOLDER if profile else None)
         _test(setup, loop, workdir)
         checkpointer.close()
         record = record_end(workdir)
-        return Result(loop.step, stop.received, record, recorder.rows)
+        evaluated = loop.history.evaluated_step == plan.total
+        tested = field(record, "result.step") == plan.total or not setup.config["test"]
+        # A signal that came when all was done has stopped nothing.
+        stopped_by = None if evaluated and tested else stop.received
+        return Result(loop.step, stopped_by, record, recorder.rows)
 
 
 def _restore(

@@ -20,6 +20,7 @@ from cifar_jax.losses import cross_entropy
 from cifar_jax.metrics import Metrics, Totals
 from cifar_jax.models.registry import create_model
 from cifar_jax.models.transfer import TransferClassifier
+from cifar_jax.parallel import check_devices
 from cifar_jax.pretrained import port
 from cifar_jax.pretrained.fetch import PORT_A_RUN
 from cifar_jax.pretrained.load import fit
@@ -107,6 +108,7 @@ def load_trained(
     """
     if (workdir is None) == (weights is None):
         raise UserError("expected either the workdir of a run or a file of weights")
+    check_devices()  # or orbax would call an intact checkpoint unreadable
     if workdir is not None:
         return _load_run(workdir, checkpoint)
     if checkpoint != "latest":

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 # Under nohup it is ignored, and the processes that tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -31,6 +32,14 @@ def compiled_programs_end_with_their_module():
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(autouse=True)
+def what_a_command_silences_ends_with_its_test():
+    """`set_up_logging` is for a process that is one command."""
+    hook = sys.unraisablehook
+    yield
+    sys.unraisablehook = hook
 
 
 @pytest.fixture(scope="session")

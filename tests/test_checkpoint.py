@@ -1,10 +1,12 @@
 """Checkpoints: exact round trips, retention, damage, and failing writes."""
 
+import errno
 import os
 import pathlib
 import shutil
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from cifar_jax.checkpoint import (
@@ -75,7 +77,7 @@ def test_saving_a_step_again_replaces_it(saved):
     assert find_step(saved, "best") == 40
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see main.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
 @pytest.mark.parametrize("fails", ["at once", "in the background"])
 def test_a_step_that_cannot_be_saved_again_is_kept(fails, saved, monkeypatch):
     checkpointer = Checkpointer(saved, keep=2)
@@ -170,7 +172,7 @@ DAMAGES = {
 }
 
 
-# Reads that orbax had under way when another failed end in a closed event loop (see main.py).
+# Reads that orbax had under way when another failed end in a closed event loop (see errors.py).
 late_callbacks = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -221,6 +223,32 @@ def test_where_none_can_be_read_nothing_is_touched(saved):
     with pytest.raises(UserError, match="none of the checkpoints"):
         Checkpointer(saved, keep=2).restore_latest(lambda text: None)
     assert {p: p.stat().st_mtime_ns for p in saved.rglob("*")} == before
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+def test_what_cannot_be_read_for_now_is_not_called_damaged(error, saved, monkeypatch):
+    """It may be whole: nothing is passed over, and nothing moved."""
+    before = {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
+    checkpointer = Checkpointer(saved, keep=2)
+
+    def restore(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.StandardCheckpointHandler, "restore", restore)
+    for read in (
+        lambda: checkpointer.restore_latest(pytest.fail),
+        lambda: read_checkpoint(saved, 40),
+    ):
+        with pytest.raises(RunError, match="/40 cannot be read .*; it was left as it is: mend"):
+            read()
+    assert {p: p.stat().st_mtime_ns for p in saved.rglob("*")} == before
+
+
+@late_callbacks
+def test_who_names_a_damaged_checkpoint_is_told_what_to_do(saved):
+    flip_a_bit(saved / FOLDER / "40")
+    with pytest.raises(UserError, match="/40 is damaged .*; restore it from a backup, name anoth"):
+        read_checkpoint(saved, 40)
 
 
 def test_no_checkpoint_at_all(tmp_path):

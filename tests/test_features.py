@@ -21,7 +21,7 @@ from PIL import Image
 from cifar_jax import config as configuration
 from cifar_jax import features, knn, main, predict, probe
 from cifar_jax.backbone import Backbone
-from cifar_jax.checkpoint import FOLDER, find_step, read_checkpoint
+from cifar_jax.checkpoint import FOLDER, Checkpointer, find_step, read_checkpoint
 from cifar_jax.config import flatten, to_dict
 from cifar_jax.data.content import aligned
 from cifar_jax.data.splits import make_splits
@@ -483,7 +483,7 @@ def test_a_full_disk_is_one_line(cache):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see command.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
 def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     quick, small_data, no_backbone, tmp_path
 ):
@@ -510,6 +510,70 @@ def test_a_finished_run_is_shown_again_and_a_damaged_model_made_again(
     probe.train_head(config, workdir)
     assert load_trained(workdir).step == TOTAL
     assert load_trained(workdir, "best").step == find_step(finished, "best")
+
+
+@pytest.fixture
+def with_two_models(quick, tmp_path):
+    """A finished run whose best head is not its latest one: configuration, workdir, best step."""
+    config, finished = quick
+    workdir = tmp_path / "run"
+    shutil.copytree(finished, workdir)
+    best = TOTAL // 2
+    for step, accuracy in ((best, 0.9), (TOTAL, 0.1)):
+        file = workdir / probe.HEAD_FOLDER / FOLDER / str(step) / "metrics" / "metrics"
+        assert file.exists()
+        file.write_text(json.dumps({"validation_accuracy": accuracy}))
+    probe.train_head(config, workdir)
+    assert load_trained(workdir, "best").step == best and load_trained(workdir).step == TOTAL
+    return config, workdir, best
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
+def test_a_damaged_best_head_costs_only_its_model(with_two_models, no_backbone, capsys):
+    config, workdir, best = with_two_models
+    for file in (workdir / probe.HEAD_FOLDER / FOLDER / str(best) / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-7])
+    capsys.readouterr()
+    probe.train_head(config, workdir)
+    told = capsys.readouterr().err
+    assert f"/{best} is damaged" in told and "the whole model is written without it" in told
+    assert load_trained(workdir).step == load_trained(workdir, "best").step == TOTAL
+
+
+@pytest.mark.parametrize("folder", [probe.HEAD_FOLDER, "."])
+def test_a_damaged_file_of_accuracies_does_not_stop_it(with_two_models, no_backbone, folder):
+    config, workdir, best = with_two_models
+    file = workdir / folder / FOLDER / str(best) / "metrics" / "metrics"
+    file.write_text(file.read_text()[:9])
+    probe.train_head(config, workdir)
+    lost = folder == probe.HEAD_FOLDER
+    assert load_trained(workdir, "best").step == (TOTAL if lost else best)
+    assert load_trained(workdir).step == TOTAL
+
+
+def test_another_head_of_the_same_step_is_not_left_unwritten(with_two_models, no_backbone):
+    config, workdir, best = with_two_models
+    head = Checkpointer(workdir / probe.HEAD_FOLDER, keep=3)
+    arrays, extra = read_checkpoint(workdir / probe.HEAD_FOLDER, TOTAL)
+    name = next(name for name in arrays if name.endswith("head.logits.bias"))
+    head.save(TOTAL, {**arrays, name: arrays[name] + 1}, extra, accuracy=0.1)
+    head.wait()
+    head.close()
+    probe.train_head(config, workdir)
+    whole = read_checkpoint(workdir, TOTAL)[0]
+    np.testing.assert_array_equal(whole[name], arrays[name] + 1)
+
+
+def test_a_finished_run_without_a_test_needs_neither_weights_nor_features(
+    quick, quick_backbone, tmp_path, monkeypatch
+):
+    """As every run of a sweep that is started again."""
+    config = changed(quick[0], test=False)
+    probe.train_head(config, tmp_path / "run")
+    monkeypatch.setattr(probe, "load_backbone", lambda *_: pytest.fail("weights were read"))
+    elsewhere = changed(config, data__directory=str(tmp_path))
+    with without_weights(config):
+        assert probe.train_head(elsewhere, tmp_path / "run").step == TOTAL
 
 
 @pytest.mark.slow

@@ -14,6 +14,8 @@ from cifar_jax import main
 from cifar_jax.checkpoint import FOLDER, Checkpointer, read_checkpoint
 from cifar_jax.command import python_command
 from cifar_jax.config import RULES
+from cifar_jax.data import sources
+from cifar_jax.evaluate import evaluate
 from cifar_jax.labels import CLASS_NAMES
 from cifar_jax.predict import predict_image, predict_images
 from cifar_jax.train import train_and_evaluate
@@ -293,7 +295,7 @@ def test_the_table_is_large_enough():
     assert len(CASES) >= 40
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see main.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_line_and_changes_nothing(case, place, capsys, monkeypatch):
     module, arguments, prepare, said = CASES[case]
@@ -349,6 +351,56 @@ def test_a_prediction_does_not_import_tensorflow(place):
     assert done.stdout.strip() in CLASS_NAMES
 
 
+def call(module, *arguments, **environment):
+    """Runs a command in a process of its own; returns its exit code and standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"cifar_jax.{module}", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+    )
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("predict", ["black.png"]), ("evaluate", []), ("average", ["a.safet"])],
+)
+def test_without_a_device_no_checkpoint_is_called_damaged(module, arguments, place):
+    workdir = ["run"] if module == "average" else ["--workdir=run"]
+    arguments = [each.replace(".safet", ".safetensors") for each in arguments]
+    code, told = call(module, *workdir, *arguments, JAX_PLATFORMS="cuda")
+    assert code == 2 and told.startswith("error: JAX finds no device") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("module", ["predict", "evaluate"])
+def test_a_damaged_checkpoint_is_one_line_to_its_readers(module, place):
+    truncate_checkpoint(place)
+    code, told = call(module, "--workdir=run", *(["black.png"] if module == "predict" else []))
+    assert code == 2 and told.count("\n") == 1
+    assert "/2 is damaged (" in told and "restore it from a backup" in told
+
+
+def test_a_run_is_evaluated_in_any_folder(place, monkeypatch):
+    """A relative folder of images is that of the run; another one can be named."""
+    (place / "images").mkdir()
+    arguments = [*TRAIN, "--config.data.directory=images", "--config.train_for=2 steps"]
+    code, told = call("main", *arguments, JAX_PLATFORMS="cpu")
+    assert code == 0, told
+    extra = read_checkpoint(place / "new", 2)[1]
+    assert extra["config"]["data"]["directory"] == str(place / "images")
+    loaded = []
+
+    def load(source, directory):
+        loaded.append((source, str(directory)))
+        return sources.load("sample")
+
+    monkeypatch.setattr("cifar_jax.setup.load", load)
+    evaluate("new")
+    evaluate("new", directory="elsewhere")
+    assert loaded == [("sample", str(place / "images")), ("sample", "elsewhere")]
+
+
 def test_prediction_is_the_notebooks_recipe(place):
     """Open, RGB, resize, scale, argmax: written out in NumPy from the checkpoint's arrays."""
     rng = np.random.default_rng(0)
@@ -381,7 +433,7 @@ def test_a_whole_command_ends_with_the_table_and_the_next_line(tmp_path, capsys,
 
 DROPPED_FAILURE = """
 import asyncio, sys
-from cifar_jax import command
+from cifar_jax.errors import set_up_logging
 
 async def fail():
     raise ValueError("no space left")
@@ -391,7 +443,7 @@ async def drop():
     await asyncio.sleep(0.01)
 
 if sys.argv[1:]:
-    command.set_up_logging()
+    set_up_logging()
 asyncio.run(drop())
 """
 

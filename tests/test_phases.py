@@ -105,6 +105,11 @@ def test_an_mlp_has_no_use_for_it(key, value):
     ("key", "text", "expected"),
     [
         ("freeze.layers", "stem, stage1 until 2 epochs", "only the last may have no end"),
+        (
+            "freeze.layers",
+            "stem until 1 epoch until 2 epochs",
+            'epoch until 2 epochs" has two ends',
+        ),
         ("freeze.layers", "until 2 epochs", 'expected parts such as "NAMES until 2 epochs"'),
         ("freeze.layers", "stem until noon", 'expected a number and its unit, such as "10 epochs"'),
         ("progressive", "9 until 1 epoch", "expected upsamplings of 1 to 8"),

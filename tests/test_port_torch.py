@@ -224,14 +224,15 @@ def test_other_precisions_are_one_line(state, tmp_path, save, dtype, name):
     assert f" and 266 more: {name}, expected float32; convert before saving (PyTorch: " in line
 
 
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
 @pytest.mark.parametrize("save", [_save_zip, _save_stream])
-def test_checkpoint_of_a_training_script(state, tmp_path, save):
-    """DataParallel's names, beside an optimizer with its own tensors and numbered entries."""
+def test_checkpoint_of_a_training_script(state, tmp_path, save, prefix):
+    """A wrapper's names, beside an optimizer with its own tensors and numbered entries."""
     parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
     optimizer = torch.optim.Adam([parameter])
     parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    wrapped = {f"module.{name}": tensor for name, tensor in state.items()}
+    wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     checkpoint = {
         "epoch": 3,
         "model": "resnet50",
@@ -242,11 +243,11 @@ def test_checkpoint_of_a_training_script(state, tmp_path, save):
     save(checkpoint, tmp_path / "a.pth")
     weights = port.read(tmp_path / "a.pth")
     _assert_equal(weights.values, _expected(state))
-    assert weights.header.naming == "torchvision / timm, of DataParallel"
+    assert weights.header.naming == f"torchvision / timm, behind {prefix}"
     assert weights.ignored[53:] == ("epoch", "model", "best", "optimizer")
 
 
-def test_a_prefix_that_only_some_names_have_is_no_dataparallel(state, tmp_path):
+def test_a_prefix_that_only_some_names_have_is_no_wrapper(state, tmp_path):
     torch.save(dict(state) | {"module.fc.bias": state["fc.bias"]}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"module.fc.bias: unexpected"):
         port.read(tmp_path / "a.pth")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -180,6 +181,19 @@ def test_reader_that_leaves_is_no_error(pictures, pictures_given, extra):
     with open(write_end, "wb") as nobody:
         result = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True)
     assert (result.returncode, result.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_a_name_that_is_no_text_is_shown(pictures, extra):
+    """As Linux allows; what is not UTF-8 has no letters to be printed with."""
+    name = os.fsencode(pictures) + b"/caf\xe9.png"
+    shutil.copy(pictures / "dark.png", name)
+    command = [sys.executable, "-c", COMMAND, "--workdir=run", *extra, name]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"}
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert r"caf\udce9.png" in result.stdout
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")

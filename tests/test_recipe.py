@@ -230,6 +230,9 @@ def test_a_run_of_epochs_ends_with_an_update(small_config):
         small_config.optimizer.accumulate = accumulate
         setup = set_up(to_dict(small_config), lambda model: create_model(model, seed=0))
         assert setup.plan.total == total
+    small_config.schedule.warmup = "2 epochs"  # as long as the run, which is no longer than itself
+    plan = set_up(to_dict(small_config), lambda model: create_model(model, seed=0)).plan
+    assert plan.warmup == plan.total == 50
     small_config.optimizer.accumulate = 200
     with pytest.raises(UserError, match="less than one update of 200 steps"):
         set_up(to_dict(small_config), lambda model: create_model(model, seed=0))

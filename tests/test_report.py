@@ -226,10 +226,32 @@ def test_figure_in_no_folder_is_one_line(tmp_path, capsys):
 
 def test_figure_that_cannot_be_written(tmp_path, capsys):
     run = write_run(tmp_path / "run", make_record())
-    (tmp_path / "runs.png").mkdir()
+    (tmp_path / ".runs.png.tmp").mkdir()
     with pytest.raises(SystemExit):
         report.main([run, f"--figure={tmp_path}/runs.png"])
     assert "runs.png: cannot be written" in capsys.readouterr().err
+
+
+def test_figure_that_is_a_folder_is_told_before_the_table(tmp_path, capsys):
+    run = write_run(tmp_path / "run", make_record())
+    (tmp_path / "runs.png").mkdir()
+    with pytest.raises(SystemExit) as raised:
+        report.main([run, f"--figure={tmp_path}/runs.png"])
+    output = capsys.readouterr()
+    assert raised.value.code == 2 and output.out == ""
+    assert output.err.endswith("runs.png: is a folder; name a file to write\n")
+
+
+def test_metrics_without_times_have_no_curve_by_minutes(tmp_path, capsys):
+    rows = [{name: x for name, x in row.items() if name != "train_seconds"} for row in ROWS]
+    run = write_run(tmp_path / "run", make_record(), rows)
+    report.main([run, f"--figure={tmp_path}/runs.png"])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as raised:
+        report.main([run, f"--figure={tmp_path}/minutes.png", "--by=minutes"])
+    output = capsys.readouterr()
+    assert raised.value.code == 2 and output.out == "" and not (tmp_path / "minutes.png").exists()
+    assert output.err == "error: run: its metrics have no train_seconds; use --by=epochs\n"
 
 
 def test_figure_of_a_run_without_evaluations_is_one_line(tmp_path, capsys):

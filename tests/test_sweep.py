@@ -114,7 +114,7 @@ def test_other_flags_are_refused(files, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flag", ["--config.nonsense.x=3", "--config.seed=x"])
+@pytest.mark.parametrize("flag", ["--config.nonsense.x=3", "--config.seed=x", "--config.test=True"])
 def test_a_wrong_field_of_all_runs_is_told_before_the_first(files, tmp_path, capsys, flag):
     with pytest.raises(SystemExit) as caught:
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}", flag])
@@ -139,6 +139,14 @@ def test_a_head_that_has_no_use_for_a_field_is_told_before_the_first_run(tmp_pat
     shared = [f"--config={ROOT / 'configs' / 'resnet50_probe.py'}"]
     with pytest.raises(UserError, match="head: config.augment.flip is True; features are"):
         sweep.check_runs(runs, shared, path)
+
+
+def test_features_are_not_for_a_run_of_the_whole_model(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('[plain]\n\n[whole]\nfreeze.features = "stage2"\n')
+    shared = [f"--config={ROOT / 'configs' / 'resnet50_cpu.py'}"]
+    with pytest.raises(UserError, match='whole: config.freeze.features is "stage2"; cifar_jax.f'):
+        sweep.check_runs(sweep.read_sweep(path), shared, path)
 
 
 @pytest.mark.slow

@@ -96,7 +96,7 @@ def test_evaluate_agrees_with_the_run_and_counts_its_looks(reference, monkeypatc
     assert "has been read before, 1 time(s)" in capsys.readouterr().err
     assert test["loss"] == pytest.approx(record["result"]["test_loss"], rel=1e-6)
     assert len(read_run_record(reference)["test_reads"]) == len(record["test_reads"]) + 1
-    best = evaluate(reference, split="validation", checkpoint="best")
+    best = evaluate(reference, checkpoint="best")
     accuracies = [r["validation_accuracy"] for r in read_rows(reference) if "validation_loss" in r]
     assert best["accuracy"] == max(accuracies)
     assert len(read_run_record(reference)["test_reads"]) == len(record["test_reads"]) + 1
@@ -142,6 +142,19 @@ def test_a_stopped_run_goes_on_to_the_same_end(
     assert_same_run(tmp_path, reference)
 
 
+def test_a_signal_when_all_is_done_has_stopped_nothing(module_config, reference, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+
+        def record_end(workdir):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return read_run_record(workdir)
+
+        patch.setattr("cifar_jax.train.record_end", record_end)
+        result = train_and_evaluate(module_config, tmp_path)
+    assert (result.step, result.stopped_by) == (TOTAL, None)
+    assert_same_run(tmp_path, reference)
+
+
 def test_another_run_is_seen_to_differ(module_config, reference, tmp_path):
     """The comparison above can fail: one other dropout-free bit of input is enough."""
     config = module_config.copy_and_resolve_references()
@@ -151,7 +164,7 @@ def test_another_run_is_seen_to_differ(module_config, reference, tmp_path):
         assert_same_run(tmp_path, reference)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see main.py
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
 def test_a_damaged_latest_checkpoint_costs_only_its_steps(
     module_config, reference, tmp_path, capsys
 ):

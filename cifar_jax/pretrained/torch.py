@@ -19,7 +19,8 @@ _LEAVES = {
 }
 _HUGGING_FACE_MODEL = "resnet."  # in front of the names of a model with a classifier
 _IGNORED = ".num_batches_tracked"  # a counter of training steps
-_PARALLEL = "module."  # what torch.nn.DataParallel puts in front of every name
+# What torch.nn.DataParallel, torch.compile and Lightning put in front of every name.
+_WRAPPERS = ("module.", "_orig_mod.", "model.")
 
 
 def table(structure: Structure, naming: str) -> dict[str, Entry]:
@@ -38,11 +39,17 @@ def table(structure: Structure, naming: str) -> dict[str, Entry]:
     return entries
 
 
-def without_module(tensors: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], bool]:
-    """Returns the tensors without DataParallel's prefix, and whether all names had it."""
-    if not tensors or not all(name.startswith(_PARALLEL) for name in tensors):
-        return tensors, False
-    return {name.removeprefix(_PARALLEL): array for name, array in tensors.items()}, True
+def without_wrappers(tensors: Mapping[str, np.ndarray]) -> tuple[Mapping[str, np.ndarray], str]:
+    """Returns the tensors without the prefixes of wrappers that all names have, and those."""
+    prefix = ""
+    while wrapper := next((each for each in _WRAPPERS if _all_begin_with(each, tensors)), None):
+        tensors = {name.removeprefix(wrapper): array for name, array in tensors.items()}
+        prefix += wrapper
+    return tensors, prefix
+
+
+def _all_begin_with(prefix: str, tensors: Mapping[str, np.ndarray]) -> bool:
+    return bool(tensors) and all(name.startswith(prefix) for name in tensors)
 
 
 def canonical(

@@ -160,9 +160,10 @@ def _parse(line: bytes) -> dict | None:
         return None
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         return None
-    if row.get("event") not in ("train", "evaluation") or not isinstance(row.get("epoch"), Real):
+    numbers = [value for name, value in row.items() if name != "event"]
+    if row.get("event") not in ("train", "evaluation") or "epoch" not in row:
         return None
-    return row
+    return row if all(isinstance(number, Real) for number in numbers) else None
 
 
 def _tag(name: str) -> str:
