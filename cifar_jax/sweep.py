@@ -97,12 +97,13 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
     Raises:
       UserError: naming file and run.
     """
-    if any(flag.startswith("--config.test=") for flag in shared):
-        raise UserError("--config.test: a sweep leaves the test split unread, in all of its runs")
+    asks_about_test = any(flag.startswith("--config.test=") for flag in shared)
     for name, (module, *flags) in runs.items():
         try:
             values, _ = read_flags(["config"], ["sweep", *shared, *flags])
             configuration.check(values.config)
+            if asks_about_test and values.config.test:
+                raise UserError("--config.test: a sweep leaves the test split unread")
             plain = configuration.to_dict(values.config)
             if module.endswith(".features"):
                 configuration.check_features(plain)
