@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make train      set up, fetch CIFAR-10, train the MLP baseline (WORKDIR=$(WORKDIR))"
-	@echo "make transfer   fine-tune a pretrained ResNet-50 in about 75 minutes (WEIGHTS=$(WEIGHTS))"
+	@echo "make transfer   fine-tune a pretrained ResNet-50 in about an hour (WEIGHTS=$(WEIGHTS))"
 	@echo "                both pass on FLAGS, such as FLAGS=--config.seed=1"
 	@echo "make test       set up and run the tests"
 	@echo "make test-slow  the long ones"

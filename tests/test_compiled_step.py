@@ -122,13 +122,13 @@ def test_the_step_is_no_more_work_than_it_was(compiled):
 
 @pytest.mark.slow
 def test_the_step_of_two_cores_is_no_more_work_than_it_was(monkeypatch):
-    """That of `configs/resnet50_cpu.py`: the torchvision variant, frozen norms, interpolation."""
+    """That of `configs/resnet50_cpu.py`: the torchvision variant, kept statistics, interpolation."""
     monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
     config = resnet50_cpu.get_config()
     config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
     program, _ = compile_calls(config, steps=1, batch_size=BATCH)
     # The bare ones, input gradients of strided 3x3 convolutions, are no slower than others.
-    bounds = Bounds(14, 48, 2, large_copies=19, large_transposes=8, gflop=1.65, gigabytes=0.460)
+    bounds = Bounds(14, 48, 2, large_copies=19, large_transposes=8, gflop=1.65, gigabytes=0.485)
     assert not worse(count(program), bounds), count(program)
 
 

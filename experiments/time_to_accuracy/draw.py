@@ -14,7 +14,8 @@ from cifar_jax.recording.files import write_atomically
 FOLDER = Path(__file__).parent
 NOTEBOOK = 0.9366  # its test accuracy
 LABELS = {
-    "one_cycle": "64, 96, then 128 px (configs/resnet50_cpu.py)",
+    "three_epochs": "64, 96, then 128 px (configs/resnet50_cpu.py)",
+    "one_cycle": "64, 96, then 128 px; batch norms frozen",
     "thaw": "first 7 of 16 blocks frozen, 96 px; later all but stem and stage 1, 128 px",
     "partial": "128 px; stem and stages 1 and 2 frozen",
     "full": "128 px; everything trained",
