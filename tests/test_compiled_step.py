@@ -122,7 +122,7 @@ def test_the_step_is_no_more_work_than_it_was(compiled):
 
 @pytest.mark.slow
 def test_the_step_of_two_cores_is_no_more_work_than_it_was(monkeypatch):
-    """That of `configs/resnet50_cpu.py`: the torchvision variant, kept statistics, interpolation."""
+    """That of `configs/resnet50_cpu.py`: the torchvision variant, norms in "eval", bilinear."""
     monkeypatch.setattr(network, "STAGE_BLOCKS", SHALLOW)
     config = resnet50_cpu.get_config()
     config.model.upsampling, config.model.pretrained = UPSAMPLING, "none"
