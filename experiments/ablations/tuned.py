@@ -1,4 +1,4 @@
-"""What the runs around the recipe of the 74 minutes share: 5,000 images, four epochs at 64 px.
+"""What the runs around `one_cycle`'s recipe share: 5,000 images, four epochs at 64 px.
 
     python -m cifar_jax.sweep experiments/ablations/tuned.toml \\
       --config=experiments/ablations/tuned.py --workdir=runs/tuned --config.model.pretrained=FILE
@@ -6,14 +6,10 @@
 
 import ml_collections
 
-from configs import resnet50_cpu
 from experiments.ablations.finetuned import shorten
+from experiments.time_to_accuracy import config as one_cycle
 
 
 def get_config() -> ml_collections.ConfigDict:
     """Returns that recipe on fewer images, all of them small."""
-    config = shorten(resnet50_cpu.get_config())
-    # What these runs found to be better is in configs/resnet50_cpu.py now.
-    config.model.batch_norm = "frozen"
-    config.optimizer.head_rate = 3.0
-    return config
+    return shorten(one_cycle.get_config())
