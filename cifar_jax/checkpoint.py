@@ -6,7 +6,6 @@ without any device axis, so that one format serves every execution and number of
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import pathlib
@@ -18,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
-from cifar_jax.errors import RunError, UserError, one_line, tell
+from cifar_jax.errors import RunError, UserError, is_failing_read, one_line, tell
 
 FOLDER = "checkpoints"
 CORRUPT_FOLDER = "corrupt_checkpoints"
@@ -26,11 +25,17 @@ HEAD_FOLDER = "head"  # in a workdir of cifar_jax.features: checkpoints of what 
 REPLACED = ".replaced_checkpoint_"  # with the step, while that is saved again
 METRIC = "validation_accuracy"
 Arrays = dict[str, np.ndarray]
-# What keeps a reader from a file that may be whole.
-_NOT_THE_FILES_FAULT = {
-    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
-    *(errno.ENOMEM, errno.ESTALE, errno.EIO),
-}
+
+
+class Damaged(UserError):
+    """A file that is not what was saved; `what` is the message without what to do."""
+
+    def __init__(self, what: str):
+        self.what = what
+        super().__init__(
+            f"{what}; restore it from a backup, name another checkpoint of the run (--checkpoint), "
+            "or train on with the run's own command, which goes back to the one before"
+        )
 
 
 def digest(arrays: Mapping[str, np.ndarray], extra: Mapping[str, Any]) -> str:
@@ -142,9 +147,9 @@ class Checkpointer:
         steps = sorted(self.manager.all_steps(), reverse=True)
         for step in steps:
             try:
-                arrays, extra = _read(self.workdir, step)
-            except _Damaged as error:
-                warn(f"{error}; going back to the checkpoint before it")
+                arrays, extra = read_checkpoint(self.workdir, step)
+            except Damaged as error:
+                warn(f"{error.what}; going back to the checkpoint before it")
                 continue
             return step, arrays, extra
         if steps:
@@ -170,12 +175,12 @@ class Checkpointer:
         for step in _steps(self.workdir):
             try:
                 read_accuracy(self.workdir, step)
-            except UserError as error:
+            except Damaged as error:
                 target = self.workdir / CORRUPT_FOLDER / f"{step}_metrics"
                 shutil.rmtree(target, ignore_errors=True)
                 target.parent.mkdir(exist_ok=True)
                 (self.workdir / FOLDER / str(step) / "metrics").rename(target)
-                tell(f"warning: {error}; moved to {target}")
+                tell(f"warning: {error.what}; moved to {target}")
 
     def close(self) -> None:
         """Releases the manager's threads."""
@@ -186,23 +191,9 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
     """Reads and verifies one checkpoint.
 
     Raises:
-      UserError: if anything is missing, damaged or not what was saved.
+      Damaged: if anything is missing, unreadable or not what was saved.
       RunError: if the system does not let it be read, as when too many files are open.
     """
-    try:
-        return _read(workdir, step)
-    except _Damaged as error:
-        raise UserError(
-            f"{error}; restore it from a backup, name another one of the run (--checkpoint), or "
-            "train on with the run's own command, which goes back to the one before"
-        ) from error
-
-
-class _Damaged(UserError):
-    """A checkpoint that is not what was saved; what to do then depends on who reads it."""
-
-
-def _read(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str, Any]]:
     folder = workdir / FOLDER / str(step)
     try:
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -213,14 +204,9 @@ def _read(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str, Any]]:
         intact = extra.pop("sha256") == digest(arrays, extra)
     # A damaged file surfaces as whatever the layer below it raises.
     except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) in _NOT_THE_FILES_FAULT:
-            raise RunError(
-                f"{folder} cannot be read ({one_line(error)}); it was left as it is: mend that, "
-                "then run the same command again"
-            ) from error
-        raise _Damaged(f"{folder} is damaged ({one_line(error)})") from error
+        raise _failed_read(folder, error) from error
     if not intact:
-        raise _Damaged(f"{folder} is damaged (its content does not match its SHA-256)")
+        raise Damaged(f"{folder} is damaged (its content does not match its SHA-256)")
     return arrays, extra
 
 
@@ -247,7 +233,8 @@ def find_step(workdir: pathlib.Path, which: str) -> int:
     """Returns the step of the "latest" checkpoint, or of the "best" on validation.
 
     Raises:
-      UserError: where there is none, or the accuracy of one cannot be read.
+      UserError: where there is none.
+      Damaged, RunError: as `read_accuracy`.
     """
     folder, steps = workdir / FOLDER, _steps(workdir)
     if which == "best":
@@ -272,7 +259,8 @@ def read_accuracy(workdir: pathlib.Path, step: int) -> float | None:
     """Returns a checkpoint's on validation, 0..1; None where it was saved without.
 
     Raises:
-      UserError: where its file is damaged.
+      Damaged: if it is not what was saved.
+      RunError: if the system does not let it be read.
     """
     file = workdir / FOLDER / str(step) / "metrics" / "metrics"
     if not file.parent.exists():
@@ -280,7 +268,16 @@ def read_accuracy(workdir: pathlib.Path, step: int) -> float | None:
     try:
         return float(json.loads(file.read_text())[METRIC])
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({one_line(error)})") from error
+        raise _failed_read(file, error) from error
+
+
+def _failed_read(path: pathlib.Path, error: Exception) -> UserError:
+    if is_failing_read(error):
+        return RunError(
+            f"{path} cannot be read ({one_line(error)}); it was left as it is: mend that, then run "
+            "the same command again"
+        )
+    return Damaged(f"{path} is damaged ({one_line(error)})")
 
 
 def _accuracy(metrics: Mapping[str, float]) -> float:

@@ -1,4 +1,4 @@
-"""What the commands that train share: their flags, their logging, and how they end."""
+"""What the commands that train share: their flags, and how they end."""
 
 import os
 import re

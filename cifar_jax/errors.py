@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,20 @@ class RunError(UserError):
 
 
 _FAILING_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO}
+# What keeps a reader from a file that may be whole.
+_FAILING_READ = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
+    *(errno.ENOMEM, errno.ESTALE, errno.EIO),
+}
+
+
+def is_failing_read(error: BaseException) -> bool:
+    """Tells a system that does not let a file be read from a file that is damaged."""
+    # Tensorstore, below orbax, writes the system's number into its message.
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    out_of_memory = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return out_of_memory or number in _FAILING_READ
 
 
 def kind_of_failed_write(error: BaseException) -> type[UserError]:

@@ -1,9 +1,7 @@
 """What follows a frozen part of the backbone: features computed once, trained on like images."""
 
-import contextlib
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,19 +12,10 @@ from flax import nnx
 
 from cifar_jax import config as configuration
 from cifar_jax.backbone import Backbone
-from cifar_jax.checkpoint import FOLDER as CHECKPOINTS
-from cifar_jax.checkpoint import (
-    HEAD_FOLDER,
-    Arrays,
-    Checkpointer,
-    find_step,
-    has_checkpoints,
-    read_accuracy,
-    read_checkpoint,
-)
+from cifar_jax.checkpoint import HEAD_FOLDER, find_step, has_checkpoints
 from cifar_jax.data.sources import Dataset
 from cifar_jax.data.splits import NAMES, Split
-from cifar_jax.errors import UserError, tell
+from cifar_jax.errors import tell
 from cifar_jax.feature_cache import FeatureCache
 from cifar_jax.initial import find_weights, load_initial_weights
 from cifar_jax.lock import locked
@@ -38,8 +27,9 @@ from cifar_jax.recording.progress import Counter
 from cifar_jax.recording.run_record import field, has_run_record, read_run_record
 from cifar_jax.setup import Setup, set_up
 from cifar_jax.signals import StopSignal
-from cifar_jax.state import model_leaves, named_leaves, split_model, trained_arrays
+from cifar_jax.state import model_leaves, split_model
 from cifar_jax.train import Result, run
+from cifar_jax.whole_model import is_whole, is_written, steps_of_heads, write_whole_model
 from cifar_jax.workdir import check_workdir
 
 FORMAT_VERSION = 1  # of the features: another one makes them anew
@@ -99,7 +89,7 @@ def train_head(
             setup = dataclasses.replace(setup, inputs=inputs)
             result = run(setup, workdir, stop=stop, profile=profile)
             if result.stopped_by is None:
-                _write_whole_model(workdir, backbone.values, template)
+                write_whole_model(workdir, backbone.values, template)
             return result
 
 
@@ -141,13 +131,14 @@ def _features_of_finished(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]
     """
     record = read_run_record(workdir) if has_run_record(workdir) else {}
     asked, total = setup.config["model"]["pretrained"], setup.plan.total
-    steps = _steps_of_heads(workdir)
+    steps = steps_of_heads(workdir)
     finished = (
         # The whole model is written after all that a run does, but for a test asked for later.
         (field(record, "result.step") == total or not setup.config["test"])
         and field(record, "config.model.pretrained") == asked
         and total in steps
-        and all(_is_written(workdir, step) for step in steps)
+        and is_whole(workdir / HEAD_FOLDER, total)
+        and all(is_written(workdir, step) for step in steps)
     )
     return record.get("features") if finished else None
 
@@ -228,61 +219,3 @@ def _until_stopped(
                 return
     finally:
         counter.close()
-
-
-def _write_whole_model(
-    workdir: pathlib.Path, backbone: Mapping[str, np.ndarray], template: Mapping[str, Any]
-) -> None:
-    """Puts the latest and the best head behind the backbone, as checkpoints of the whole model."""
-    if all(_is_written(workdir, step) for step in _steps_of_heads(workdir)):
-        return
-    heads = list(_read_heads(workdir))
-    # All of it, because steps can only be added in order; the heads are kept.
-    shutil.rmtree(workdir / CHECKPOINTS, ignore_errors=True)
-    checkpointer = Checkpointer(workdir, keep=len(heads))
-    for step, head, extra in heads:
-        arrays = {
-            name: backbone[name.partition(".")[2]] if name not in head else head[name]
-            for name in named_leaves(template)
-        }
-        checkpointer.save(step, arrays, extra, accuracy=read_accuracy(workdir / HEAD_FOLDER, step))
-    checkpointer.wait()
-    checkpointer.close()
-
-
-def _steps_of_heads(workdir: pathlib.Path) -> list[int]:
-    """Returns the steps of the best and the latest head, in order; none where there is no head."""
-    steps = set()
-    for which in ("best", "latest"):
-        # A damaged file of accuracies costs only the best.
-        with contextlib.suppress(UserError):
-            steps.add(find_step(workdir / HEAD_FOLDER, which))
-    return sorted(steps)
-
-
-def _read_heads(workdir: pathlib.Path) -> Iterator[tuple[int, Arrays, dict[str, Any]]]:
-    """Yields step, arrays and extra of the best and the latest head, in order."""
-    *earlier, latest = _steps_of_heads(workdir)
-    for step in [*earlier, latest]:
-        try:
-            arrays, extra = read_checkpoint(workdir / HEAD_FOLDER, step)
-        except UserError as error:
-            if step == latest:
-                raise
-            tell(f"warning: {error}; the whole model is written without it")
-            continue
-        yield step, trained_arrays(arrays), extra
-
-
-def _is_written(workdir: pathlib.Path, step: int) -> bool:
-    """Tells whether the whole model of a step is there, with the head and accuracy of that step."""
-    head = workdir / HEAD_FOLDER
-    if not (workdir / CHECKPOINTS / str(step)).is_dir():
-        return False
-    try:
-        if read_accuracy(workdir, step) != read_accuracy(head, step):
-            return False
-        whole, arrays = (read_checkpoint(folder, step)[0] for folder in (workdir, head))
-    except UserError:
-        return False
-    return all(np.array_equal(whole[name], x) for name, x in trained_arrays(arrays).items())

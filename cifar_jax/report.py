@@ -161,7 +161,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name, (_, rows) in runs.items():
             if figure and not evaluation_rows(rows):
                 raise UserError(f"{name}: no evaluation in its metrics; leave it out of --figure")
-            if options.by == "minutes" and any("train_seconds" not in row for row in rows):
+            timed = all("train_seconds" in row for row in evaluation_rows(rows))
+            if figure and options.by == "minutes" and not timed:
                 raise UserError(f"{name}: its metrics have no train_seconds; use --by=epochs")
         print(markdown_table(runs))
         if figure:

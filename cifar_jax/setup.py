@@ -95,7 +95,7 @@ def check_same_images(
     if not same_images or saved["splits_sha256"] != fingerprint(splits):
         raise UserError(
             f"{workdir} holds a run on other images or splits than {data.source} gives; use the "
-            "data that it was started with (config.data.directory, or --directory)"
+            "data that it was started with (config.data.source, config.data.directory; --directory)"
         )
 
 

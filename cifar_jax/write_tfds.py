@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from cifar_jax.data.sources import DEFAULT_DIRECTORY, SOURCES, Dataset, load
-from cifar_jax.errors import UserError, exit_on_user_error, kind_of_failed_write
+from cifar_jax.errors import RunError, UserError, exit_on_user_error, kind_of_failed_write
 from cifar_jax.labels import CLASS_NAMES
 
 TFDS_VERSION = "3.0.2"  # that of tfds's own cifar10, which tfds.load looks for
@@ -64,7 +64,8 @@ def write_tfds(dataset: Dataset, destination: Path) -> None:
             shutil.rmtree(folder / "downloads")  # TFDS makes it, empty
             os.replace(folder, destination)
     except (OSError, tf.errors.OpError) as error:
-        kind = kind_of_failed_write(error)
+        is_full = isinstance(error, tf.errors.ResourceExhaustedError)
+        kind = RunError if is_full else kind_of_failed_write(error)
         raise kind(f"{destination} cannot be written ({error})") from error
 
 

@@ -4,8 +4,9 @@ import os
 import signal
 import sys
 
-# Under nohup it is ignored, and the processes that tests start would inherit that.
+# Under nohup and behind a shell's & they are ignored, and what tests start would inherit that.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")

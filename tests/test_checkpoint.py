@@ -225,7 +225,12 @@ def test_where_none_can_be_read_nothing_is_touched(saved):
     assert {p: p.stat().st_mtime_ns for p in saved.rglob("*")} == before
 
 
-@pytest.mark.parametrize("error", [OSError(errno.EMFILE, "Too many open files"), MemoryError()])
+DENIED = "PERMISSION_DENIED: Error opening [os_error_code='13'] file"  # as tensorstore has it
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EMFILE, "Too many open files"), MemoryError(), ValueError(DENIED)]
+)
 def test_what_cannot_be_read_for_now_is_not_called_damaged(error, saved, monkeypatch):
     """It may be whole: nothing is passed over, and nothing moved."""
     before = {p: p.stat().st_mtime_ns for p in saved.rglob("*")}
@@ -242,6 +247,22 @@ def test_what_cannot_be_read_for_now_is_not_called_damaged(error, saved, monkeyp
         with pytest.raises(RunError, match="/40 cannot be read .*; it was left as it is: mend"):
             read()
     assert {p: p.stat().st_mtime_ns for p in saved.rglob("*")} == before
+
+
+def test_an_accuracy_that_cannot_be_read_for_now_costs_nothing(saved, monkeypatch):
+    """Its checkpoint stays the best, which the next save would otherwise delete."""
+    read_text = pathlib.Path.read_text
+
+    def refuse(self, *args, **options):
+        if self.name == "metrics":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return read_text(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pathlib.Path, "read_text", refuse)
+        with pytest.raises(RunError, match="metrics cannot be read .*Too many open files"):
+            Checkpointer(saved, keep=2)
+    assert find_step(saved, "best") == 20 and not (saved / CORRUPT_FOLDER).exists()
 
 
 @late_callbacks

@@ -528,16 +528,45 @@ def with_two_models(quick, tmp_path):
     return config, workdir, best
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
-def test_a_damaged_best_head_costs_only_its_model(with_two_models, no_backbone, capsys):
-    config, workdir, best = with_two_models
-    for file in (workdir / probe.HEAD_FOLDER / FOLDER / str(best) / "state").rglob("d/*"):
+def truncate(workdir, step):
+    for file in (workdir / FOLDER / str(step) / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:-7])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
+def test_a_damaged_best_head_does_not_cost_its_model(with_two_models, no_backbone, capsys):
+    config, workdir, best = with_two_models
+    truncate(workdir / probe.HEAD_FOLDER, best)
+    probe.train_head(config, workdir)
+    assert load_trained(workdir, "best").step == best
+    truncate(workdir, TOTAL)  # all of it is written again
+    probe.train_head(config, workdir)
+    assert load_trained(workdir, "best").step == best and load_trained(workdir).step == TOTAL
     capsys.readouterr()
+    truncate(workdir, best)
     probe.train_head(config, workdir)
     told = capsys.readouterr().err
-    assert f"/{best} is damaged" in told and "the whole model is written without it" in told
+    assert f"/{best} is damaged" in told and "; the whole model is written without it" in told
     assert load_trained(workdir).step == load_trained(workdir, "best").step == TOTAL
+
+
+def test_a_head_that_cannot_be_read_for_now_costs_nothing(with_two_models, no_backbone):
+    config, workdir, best = with_two_models
+    shutil.rmtree(workdir / FOLDER / str(TOTAL))  # so that the model is to be written again
+    whole = read_checkpoint
+
+    def refuse(place, step):
+        if place.name == probe.HEAD_FOLDER and step == best:
+            raise RunError("cannot be read")
+        return whole(place, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cifar_jax.whole_model.read_checkpoint", refuse)
+        with pytest.raises(RunError, match="cannot be read"):
+            probe.train_head(config, workdir)
+    assert load_trained(workdir).step == best
+    probe.train_head(config, workdir)
+    assert load_trained(workdir, "best").step == best and load_trained(workdir).step == TOTAL
 
 
 @pytest.mark.parametrize("folder", [probe.HEAD_FOLDER, "."])

@@ -246,6 +246,7 @@ def test_metrics_without_times_have_no_curve_by_minutes(tmp_path, capsys):
     rows = [{name: x for name, x in row.items() if name != "train_seconds"} for row in ROWS]
     run = write_run(tmp_path / "run", make_record(), rows)
     report.main([run, f"--figure={tmp_path}/runs.png"])
+    report.main([run, "--by=minutes"])  # of no figure
     capsys.readouterr()
     with pytest.raises(SystemExit) as raised:
         report.main([run, f"--figure={tmp_path}/minutes.png", "--by=minutes"])
