@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import importlib
+import json
 import re
 import tomllib
 
@@ -101,6 +102,25 @@ def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("[!c]*.py")), ids=lambda p: p.stem)
 def test_the_shipped_configurations_pass(path):
     configuration.check(importlib.import_module(f"configs.{path.stem}").get_config())
+
+
+@pytest.mark.parametrize(
+    ("file", "run"),
+    [
+        ("configs/resnet50_cpu.py", "three_epochs"),
+        ("experiments/time_to_accuracy/config.py", "one_cycle_seed1"),
+    ],
+)
+def test_a_configuration_is_what_its_results_were_made_with(file, run):
+    """A change of either, or of what it is built on, asks for runs of its own."""
+    (config, _) = read_flags(["config"], ["test", f"--config={ROOT / file}"])
+    ours = dict(configuration.flatten(configuration.to_dict(config.config)))
+    record = json.loads((ROOT / "experiments/time_to_accuracy" / run / "run.json").read_text())
+    theirs = dict(configuration.flatten(record["config"]))
+    differing = {key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)}
+    # Written in other words: "1 epoch", "1 epochs".
+    same = {"evaluate_every", "progressive"} if run == "three_epochs" else {"seed"}
+    assert differing == same | {"model.pretrained"}
 
 
 def test_a_missing_and_a_surplus_field_are_named():

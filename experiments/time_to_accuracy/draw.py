@@ -20,7 +20,7 @@ LABELS = {
     "one_cycle": "64, 96, then 128 px; batch norms frozen",
     "thaw": "first 7 of 16 blocks frozen, 96 px; later all but stem and stage 1, 128 px",
     "partial": "128 px; stem and stages 1 and 2 frozen",
-    "full": "128 px; everything trained",
+    "full": "128 px; all but the norms trained",
     "cached": "128 px; a linear layer on cached features (whole command)",
     "first_cycle": "64, 96, then 128 px; batch norms trained",
 }
