@@ -48,7 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.optimizer.momentum = 0.9
     config.optimizer.nesterov = True
     config.optimizer.weight_decay = 1e-3  # outside the momentum: ten times the usual 1e-4 inside
-    config.optimizer.head_rate = 1.0  # better than 3 and 10 in experiments/ablations/, one seed
+    config.optimizer.head_rate = 1.0  # better than 3 and 10 in experiments/ablations/
     config.schedule.name = "cosine"
     config.schedule.warmup = "5 epochs"  # Goyal et al., "Accurate, Large Minibatch SGD", 2017
     # Usual for CIFAR-10, at their papers' strengths: He et al. 2015 (flip and crop), Müller and
