@@ -533,6 +533,7 @@ def truncate(workdir, step):
         file.write_bytes(file.read_bytes()[:-7])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see errors.py
 def test_a_damaged_best_head_does_not_cost_its_model(with_two_models, no_backbone, capsys):
     config, workdir, best = with_two_models
@@ -550,6 +551,7 @@ def test_a_damaged_best_head_does_not_cost_its_model(with_two_models, no_backbon
     assert load_trained(workdir).step == load_trained(workdir, "best").step == TOTAL
 
 
+@pytest.mark.slow
 def test_a_head_that_cannot_be_read_for_now_costs_nothing(with_two_models, no_backbone):
     config, workdir, best = with_two_models
     shutil.rmtree(workdir / FOLDER / str(TOTAL))  # so that the model is to be written again
@@ -578,6 +580,7 @@ def test_a_damaged_file_of_accuracies_does_not_stop_it(with_two_models, no_backb
     assert load_trained(workdir, "best").step == best and load_trained(workdir).step == TOTAL
 
 
+@pytest.mark.slow
 def test_another_head_of_the_same_step_is_not_left_unwritten(with_two_models, no_backbone):
     config, workdir, best = with_two_models
     head = Checkpointer(workdir / probe.HEAD_FOLDER, keep=3)
