@@ -5,11 +5,11 @@
     python -m cifar_jax.average runs/a larger.safetensors --upsampling=5
 
 Checkpoints of one run (config.keep_checkpoints; Izmailov et al., "Averaging Weights Leads to Wider
-Optima and Better Generalization", 2018) or of runs that started from the same weights (Wortsman et
-al., "Model soups", 2022). Neither an average nor another size fits the statistics that were kept
-while training: they are measured anew on training images, without augmentation (norms that were
-frozen keep theirs). What comes of it on validation is printed, and the file is for predict and
-evaluate (--weights).
+Optima and Better Generalization", 2018) or of runs that started from the same weights, or one from
+the other's (Wortsman et al., "Model soups", 2022); of several sizes, --upsampling chooses one.
+Neither an average nor another size fits the statistics that were kept while training: they are
+measured anew on training images, without augmentation (norms that were frozen keep theirs). What
+comes of it on validation is printed, and the file is for predict and evaluate (--weights).
 """
 
 import argparse
@@ -59,7 +59,7 @@ def average(
       workdirs: of runs of one model on the same images and splits.
       dest: a `.safetensors` file to write.
       checkpoint: of each run: "latest", "best" on validation, or "all" that it keeps.
-      upsampling: of the images from now on, 1 to 8; None: the runs' own.
+      upsampling: of the images from now on, 1 to 8; None: that of all runs.
       images: training images that the statistics are measured on; whole batches are taken.
       directory: of the images, where it is not the first run's own.
 
@@ -81,7 +81,7 @@ def average(
     from cifar_jax.trained import load_trained, measure
 
     dest = _check_dest(dest)
-    checkpoints, values = _mean_of(_places(workdirs, checkpoint))
+    checkpoints, values = _mean_of(_places(workdirs, checkpoint), upsampling)
     first = checkpoints[0]
     header = _header(checkpoints, upsampling, images)
     config = first.extra["config"]
@@ -142,7 +142,7 @@ def _places(
 
 
 def _mean_of(
-    places: Iterable[tuple[pathlib.Path, int]],
+    places: Iterable[tuple[pathlib.Path, int]], upsampling: int | None
 ) -> tuple[list[_Checkpoint], dict[str, Any]]:
     """Returns the checkpoints, and the mean of their values by the model's names."""
     import numpy as np
@@ -154,7 +154,7 @@ def _mean_of(
         read = read_step(workdir, step)
         found.append(_Checkpoint(f"{workdir}, step {step}", read.extra, read.weights.header))
         check_version(read.extra["config"], workdir=str(workdir))
-        _check_alike(found[0], found[-1])
+        _check_alike(found[0], found[-1], upsampling)
         for name, array in read.weights.values.items():
             sums[name] = sums.get(name, 0.0) + array.astype(np.float64)
     return found, {name: (x / len(found)).astype(np.float32) for name, x in sums.items()}
@@ -195,20 +195,36 @@ def _measured(model: "nnx.Module", train: "Split", plan: "Plan", count: int) -> 
     return with_statistics_of(model, batches())
 
 
-def _check_alike(first: _Checkpoint, other: _Checkpoint) -> None:
+def _check_alike(first: _Checkpoint, other: _Checkpoint, upsampling: int | None) -> None:
     """Refuses the mean of two models that are not one function, or have no common start."""
     ours, theirs = (dict(flatten(each.extra["config"])) for each in (first, other))
     keys = [f"model.{name}" for name in _FUNCTION] + ["freeze.layers", "freeze.batch_norm"]
-    origins = [(each.header.initial or {}).get("sha256") for each in (first, other)]
+    origins = [_origin(each.header) for each in (first, other)]
     if None in origins or first.header.head == "flatten":
         keys.append("seed")  # which drew what no file gave
+    reads_any_size = first.header.head == "pooled"
+    if upsampling is not None and reads_any_size:
+        keys.remove("model.upsampling")  # what comes of them has the one that was asked for
     pairs = [(f"config.{key}", ours[key], theirs[key]) for key in keys]
     for key, expected, found in [("the file it started from", *origins), *pairs]:
         if found != expected:
-            raise UserError(
-                f"{other.name}: {key} is {found!r}, of {first.name} {expected!r}; the mean of two "
-                "such models is none"
+            is_size = key == "config.model.upsampling" and reads_any_size
+            way_out = (
+                "--upsampling says which the mean is to have"
+                if is_size
+                else "the mean of two such models is none"
             )
+            raise UserError(
+                f"{other.name}: {key} is {found!r}, of {first.name} {expected!r}; {way_out}"
+            )
+
+
+def _origin(header: "Header") -> str | None:
+    """Returns the SHA-256 of the file that a chain of runs began with; None: of no file."""
+    initial = header.initial or {}
+    while initial.get("initial"):
+        initial = initial["initial"]
+    return initial.get("sha256")
 
 
 def _header(checkpoints: list[_Checkpoint], upsampling: int | None, images: int) -> "Header":

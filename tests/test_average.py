@@ -179,11 +179,30 @@ def test_where_all_norms_were_frozen_nothing_is_measured(tmp_path, sample, sampl
     assert "no batch norm moves its statistics: none are measured" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_run_and_what_went_on_from_its_weights_at_another_size(tmp_path, sample, sample_splits):
+    published = {"sha256": "published", "initial": None}
+    origins = {"first": published, "second": {"sha256": "first's", "initial": published}}
+    kept = []
+    for upsampling, (name, origin) in enumerate(origins.items(), start=1):
+        same = dict(batch_norm="eval", upsampling=upsampling)
+        kept.extend(save_run(tmp_path / name, sample, sample_splits, **same))
+        update_run_record(tmp_path / name, weights=origin)
+    kernel = "backbone.stage4.block1.conv1.kernel"
+    dest = tmp_path / "mean.safetensors"
+    average.average([tmp_path / name for name in origins], dest, checkpoint="all", upsampling=2)
+    found = port.read(dest)
+    assert found.header.upsampling == 2
+    wide = sum(each[kernel].astype(np.float64) for each in kept) / len(kept)
+    assert len(kept) == 4 and not np.allclose(wide, kept[0][kernel])
+    np.testing.assert_array_equal(found.values[kernel], wide.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (dict(preprocessing="unit"), "config.model.preprocessing is 'unit'"),
-        (dict(upsampling=3), "config.model.upsampling is 3"),
+        (dict(upsampling=3), "config.model.upsampling is 3, of .* 1; --upsampling says which"),
         (dict(freeze="stem"), "config.freeze.layers is 'stem'"),
     ],
 )
