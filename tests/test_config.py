@@ -94,7 +94,7 @@ def test_a_run_reads_every_field(small_config, tmp_path, monkeypatch):
     # Passed on whole: each of them is seen to change an update in test_optim.py. The precision is
     # read from the configuration itself, around all of this.
     elsewhere = {f"optimizer.{field.name}" for field in dataclasses.fields(OptimizerConfig)}
-    elsewhere |= {"freeze.features"}  # read by cifar_jax.features: test_features.py
+    elsewhere |= {"freeze.features"}  # read by cifar_jax.features: tests/features/
     elsewhere |= {f"augment.{field.name}" for field in dataclasses.fields(Augment)}  # test_augment
     assert set(configuration.RULES) - noted - elsewhere == {"matmul_precision"}
 
