@@ -210,9 +210,9 @@ def _check_alike(first: _Checkpoint, other: _Checkpoint, upsampling: int | None)
         if found != expected:
             is_size = key == "config.model.upsampling" and reads_any_size
             way_out = (
-                "--upsampling says which the mean is to have"
+                "choose one for their mean with --upsampling"
                 if is_size
-                else "the mean of two such models is none"
+                else "two such models cannot be averaged"
             )
             raise UserError(
                 f"{other.name}: {key} is {found!r}, of {first.name} {expected!r}; {way_out}"

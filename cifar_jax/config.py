@@ -190,7 +190,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     check_spans(values)
     for key, off in ONLY_RESNET50.items():
         if values["model.name"] != "resnet50" and values[key] != off:
-            raise UserError(f"config.{key} is {values[key]!r}; only a resnet50 has what it is for")
+            raise UserError(f"config.{key} is {values[key]!r}; only a resnet50 uses this field")
     if values["optimizer.nesterov"] and not values["optimizer.momentum"]:
         raise UserError("config.optimizer.nesterov is True; it needs config.optimizer.momentum > 0")
 

@@ -202,7 +202,7 @@ def test_a_run_and_what_went_on_from_its_weights_at_another_size(tmp_path, sampl
     ("change", "message"),
     [
         (dict(preprocessing="unit"), "config.model.preprocessing is 'unit'"),
-        (dict(upsampling=3), "config.model.upsampling is 3, of .* 1; --upsampling says which"),
+        (dict(upsampling=3), "config.model.upsampling is 3, of .* 1; choose one"),
         (dict(freeze="stem"), "config.freeze.layers is 'stem'"),
     ],
 )

@@ -43,7 +43,7 @@ def damage_the_cache(place, config):
 
 BAD = {
     "no weights": (["--config.model.pretrained=none"], "config.model.pretrained is"),
-    "the MLP": (["--config.model.name=mlp"], "only a resnet50 has what it is for"),
+    "the MLP": (["--config.model.name=mlp"], "only a resnet50 uses this field"),
     "missing weights": (["--config.model.pretrained=no.pth"], "no.pth"),
     "another variant": (["--config.model.variant=keras"], "config.model.variant=torchvision"),
     "unknown head": (["--config.model.head=none"], "config.model.head"),
