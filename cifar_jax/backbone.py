@@ -16,7 +16,7 @@ from cifar_jax.models.resnet50 import LAST_PART, STAGE_WIDTHS
 from cifar_jax.models.transfer import keep_parts
 from cifar_jax.parallel import JitExecution
 from cifar_jax.parts import part_names, stage_number
-from cifar_jax.state import MODEL_PARTS, model_leaves, split_model
+from cifar_jax.state import MODEL_PARTS, fill, split_model
 
 PREFIX = "backbone."
 _IN_MODEL_CONFIG = ("variant", "preprocessing", "upsampling", "interpolation", "compute_dtype")
@@ -46,7 +46,7 @@ class Backbone:
         self._is_pooled = (config["head"], part) == ("pooled", LAST_PART)
 
     def key(self) -> dict[str, Any]:
-        """Returns what the features depend on, the images and the precision aside."""
+        """Returns what the features depend on, the images and `matmul_precision` aside."""
         fields = {name: self._config[name] for name in _IN_MODEL_CONFIG}
         # Of the numbers, not of a file: two files with the same numbers give the same features.
         cut = "pooled" if self._is_pooled else self.part
@@ -88,10 +88,8 @@ class Backbone:
             return model
 
         graphdef, template = split_model(nnx.eval_shape(create))
-        leaves = [self.values[name] for name in model_leaves(template)]
         execution = JitExecution()
-        parts = jax.tree.unflatten(jax.tree.structure(template), leaves)
-        parts = jax.device_put(parts, execution.replicated)
+        parts = jax.device_put(fill(template, self.values), execution.replicated)
 
         # The weights are an argument: closed over, they would be compiled into the program.
         @jax.jit

@@ -212,9 +212,7 @@ def read_checkpoint(workdir: pathlib.Path, step: int) -> tuple[Arrays, dict[str,
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
     """Tells whether a run has left one; also one that a killed process had moved aside."""
-    folder = workdir / FOLDER
-    found = folder.is_dir() and ocp.utils.checkpoint_steps(folder)
-    return bool(found) or any(workdir.glob(f"{REPLACED}*"))
+    return bool(_steps(workdir)) or any(workdir.glob(f"{REPLACED}*"))
 
 
 def find_steps(workdir: pathlib.Path, which: str) -> list[int]:

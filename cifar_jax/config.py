@@ -3,6 +3,7 @@
 `ml_collections` already refuses unknown keys and wrong types; here are the impossible values.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -161,12 +162,7 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
     A relative `data.directory` becomes absolute: who reads it later may be in another folder.
     """
-    plain = {
-        key: {k: list(v) if isinstance(v, tuple) else v for k, v in value.items()}
-        if isinstance(value, dict)
-        else value
-        for key, value in config.to_dict().items()
-    }
+    plain = json.loads(json.dumps(config.to_dict()))
     if not plain["data"]["directory"].startswith("~"):
         plain["data"]["directory"] = os.path.abspath(plain["data"]["directory"])
     return plain

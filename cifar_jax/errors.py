@@ -49,11 +49,10 @@ def kind_of_failed_write(error: BaseException) -> type[UserError]:
     return RunError if getattr(error, "errno", None) in _FAILING_DISK else UserError
 
 
-def one_line(error: BaseException, limit: int = 300) -> str:
+def one_line(error: BaseException) -> str:
     """Returns an error's type and text as one line; of a long one the beginning and the end."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
-    half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]} ... {text[-half:]}"
+    return text if len(text) <= 300 else f"{text[:150]} ... {text[-150:]}"
 
 
 class LastingStream:
@@ -119,7 +118,8 @@ def exit_on_user_error() -> Iterator[None]:
     """Ends the process with an exit code, and at most one line on stderr, if the block fails.
 
     A `UserError` with its own code; Ctrl-C with 130; a reader that has left (`| head`) silently
-    with 141; a failed write or too little memory with 1. Anything else is a defect of ours and
+    with 141; a failed write or too little memory with 1; a path that is too long or begins with an
+    unknown ~NAME with 2. Anything else is a defect of ours and
     keeps its traceback.
     """
     if hasattr(sys.stdout, "reconfigure"):  # paths may hold what is no text

@@ -11,7 +11,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.pretrained.fetch import resolve
 from cifar_jax.pretrained.load import Loaded, load_pretrained
 from cifar_jax.pretrained.names import VARIANTS
-from cifar_jax.state import TrainState, model_leaves
+from cifar_jax.state import TrainState, fill, model_leaves
 
 
 def find_weights(config: Mapping[str, Any]) -> Path | None:
@@ -106,9 +106,8 @@ def start_state(
 
     # Compiled, because only what is used is drawn then: of a pretrained model the head.
     @jax.jit
-    def fill(pretrained):
+    def start(pretrained):
         state = create()
-        filled = [pretrained.get(name, leaf) for name, leaf in model_leaves(state.parts).items()]
-        return state.start_from(jax.tree.unflatten(jax.tree.structure(state.parts), filled))
+        return state.start_from(fill(state.parts, model_leaves(state.parts) | pretrained))
 
-    return fill(dict(pretrained))
+    return start(dict(pretrained))

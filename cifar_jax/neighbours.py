@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 
 from cifar_jax.data.splits import Split
@@ -24,7 +23,7 @@ def accuracy_by_k(train: Split, queries: Split, ks: Sequence[int]) -> dict[int, 
     right = dict.fromkeys(ks, 0)
     for start in range(0, len(queries), BATCH):
         rows = queries.indices[start : start + BATCH]
-        cosines = np.asarray(_cosines(_unit(queries.images[rows]), bank))
+        cosines = _unit(queries.images[rows]) @ bank.T
         nearest = _largest(cosines, min(max(ks), len(labels)))
         cosines = np.take_along_axis(cosines, nearest, axis=1)
         # Relative to the nearest one, so that nothing overflows.
@@ -39,11 +38,6 @@ def accuracy_by_k(train: Split, queries: Split, ks: Sequence[int]) -> dict[int, 
 def _unit(features: np.ndarray) -> np.ndarray:
     flat = features.reshape(len(features), -1)
     return flat / np.linalg.norm(flat, axis=1, keepdims=True)
-
-
-@jax.jit
-def _cosines(queries: jax.Array, bank: jax.Array) -> jax.Array:
-    return queries @ bank.T
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -67,13 +67,14 @@ def is_kernel(path: tuple[Any, ...], _: Any) -> bool:
 def make_optimizer(
     config: OptimizerConfig, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Returns the chain: clip the whole gradient, scale it, apply the rate, momentum, weight decay.
+    """Returns the chain: clip the whole gradient, scale it, rate, momentum, weight decay, share.
 
     RMSprop and SGD are Keras's (keras/src/optimizers/rmsprop.py, sgd.py): velocity from 0, epsilon
     inside the root, and momentum over steps that already carry their rate; PyTorch applies the
     rate after the momentum, which is the same while the rate is constant. Adam's epsilon is
     PyTorch's: outside the root, after the bias correction. Weight decay is decoupled for every
-    optimizer: an update also takes off rate * weight_decay * kernel, outside the momentum. With
+    optimizer: an update also takes off rate * weight_decay * kernel, outside the momentum. The
+    share of head and stages (`head_rate`, `layer_decay`) scales all of that. With
     `accumulate` an update is made every so many steps, from the mean of their gradients; the
     schedule counts updates.
     """

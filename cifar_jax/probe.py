@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from cifar_jax.models.transfer import TailClassifier
 from cifar_jax.parallel import check_devices
 from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recording.progress import Counter
-from cifar_jax.recording.run_record import field, has_run_record, read_run_record
+from cifar_jax.recording.run_record import field, record_so_far
 from cifar_jax.setup import Setup, set_up
 from cifar_jax.signals import StopSignal
 from cifar_jax.state import model_leaves, split_model
@@ -129,7 +130,7 @@ def _features_of_finished(setup: Setup, workdir: pathlib.Path) -> dict[str, Any]
       None where anything is left to train, test or write, or another file is named now, whose
       numbers must be compared.
     """
-    record = read_run_record(workdir) if has_run_record(workdir) else {}
+    record = record_so_far(workdir)
     asked, total = setup.config["model"]["pretrained"], setup.plan.total
     steps = steps_of_heads(workdir)
     finished = (
@@ -199,9 +200,8 @@ def feature_splits(
         found[name] = cache.read(name, shapes[name])
         if found[name] is None:
             return None
-    set_of = {"test": "test"} if "test" in images else {}
     return {
-        name: dataclasses.replace(split, images=found[set_of.get(name, "train")])
+        name: dataclasses.replace(split, images=found.get(name, found["train"]))
         for name, split in splits.items()
     }
 
@@ -210,12 +210,9 @@ def _until_stopped(
     name: str, blocks: Iterator[np.ndarray], *, total: int, start: int, stop: StopSignal
 ) -> Iterator[np.ndarray]:
     """Passes blocks of features on and shows their number, until a signal comes."""
-    counter = Counter(f"features of the {name} set", total=total, start=start)
-    try:
+    with closing(Counter(f"features of the {name} set", total=total, start=start)) as counter:
         for block in blocks:
             yield block
             counter.update(len(block))
             if stop.received is not None:
                 return
-    finally:
-        counter.close()

@@ -9,7 +9,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.parallel import check_devices
 from cifar_jax.pretrained import ours, port
 from cifar_jax.pretrained.names import printable
-from cifar_jax.recording.run_record import has_run_record, read_run_record
+from cifar_jax.recording.run_record import record_so_far
 from cifar_jax.state import trained_arrays, without_ema
 
 
@@ -48,7 +48,7 @@ def read_step(workdir: pathlib.Path, step: int) -> RunWeights:
     trained = trained_arrays(arrays)
     values = {name.partition(".")[2]: x for name, x in trained.items()}
     port.check(values, model["variant"], workdir)
-    record = read_run_record(workdir) if has_run_record(workdir) else {}
+    record = record_so_far(workdir)
     initial = record.get("weights") or {}
     header = ours.Header(
         source=printable(f"{workdir.name}, step {step}"),

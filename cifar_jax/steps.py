@@ -49,7 +49,8 @@ def train_step(
 
     Args:
       state: the state after `state.step` updates.
-      batch: "image" uint8 [B, 32, 32, 3] and "label" int32 [B].
+      batch: "image" uint8 [B, 32, 32, 3], or features float32 [B, h, w, C] for a model of what
+        follows them, and "label" int32 [B].
       axis_name: the `pmap` axis over which gradients, statistics and metrics are reduced.
 
     Returns:
@@ -115,7 +116,7 @@ def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None = None) 
 
     Args:
       state: gives parameters and running statistics, or their averages where it keeps them.
-      batch: "image" uint8 [B, 32, 32, 3], "label" int32 [B], "mask" bool [B], False on padding.
+      batch: "image" and "label" as in `train_step`, "mask" bool [B], False on padding.
       axis_name: the `pmap` axis over which the metrics are summed.
     """
     parts = state.ema or state.parts

@@ -72,11 +72,11 @@ class Trained:
         return np.asarray(jax.nn.softmax(self.logits(images).astype(np.float32)))
 
 
-def measure(trained: Trained, images: Split, *, batch_size: int) -> Totals:
+def measure(trained: Trained, split: Split, *, batch_size: int) -> Totals:
     """Returns the sums over all images of a split, each counted once; shows how far it is."""
     totals = Totals()
-    batches = eval_batches(images, batch_size=batch_size)
-    for batch in counted(batches, name=images.name, total=len(images)):
+    batches = eval_batches(split, batch_size=batch_size)
+    for batch in counted(batches, name=split.name, total=len(split)):
         logits = trained.batch_logits(batch["image"])
         losses = cross_entropy(logits, batch["label"])
         totals.add(Metrics.of(losses, logits, batch["label"], batch["mask"]))

@@ -9,7 +9,7 @@ from cifar_jax.checkpoint import FOLDER, has_checkpoints
 from cifar_jax.errors import UserError
 from cifar_jax.recording.metrics_log import CSV_NAME, JSONL_NAME, TENSORBOARD_NAME, read_rows
 from cifar_jax.recording.recorder import CURVES
-from cifar_jax.recording.run_record import RECORD_NAME, has_run_record, read_run_record
+from cifar_jax.recording.run_record import RECORD_NAME, record_so_far
 
 FILES = (RECORD_NAME, JSONL_NAME, CSV_NAME, CURVES)
 FOLDERS = (FOLDER, TENSORBOARD_NAME)
@@ -20,7 +20,7 @@ def check_workdir(
     config: Mapping[str, Any],
     *,
     features: Mapping[str, Any] | None,
-    checkpoints: str = ".",
+    checkpoints: str,
 ) -> dict[str, Any]:
     """Refuses a workdir that this run may not write to; nothing is written.
 
@@ -39,7 +39,7 @@ def check_workdir(
       UserError: the workdir is of another run, of a finished one whose checkpoints are gone, or
         holds something else under the names that a run writes; or a file of it is damaged.
     """
-    record = read_run_record(workdir) if has_run_record(workdir) else {}
+    record = record_so_far(workdir)
     _check_kinds(workdir, checkpoints)
     read_rows(workdir)  # a damaged line is told before anything is written
     if "config" in record:

@@ -29,6 +29,7 @@ def write_tfds(dataset: Dataset, destination: Path) -> None:
 
     Raises:
         UserError: `destination` is not empty or cannot be written, or there is no test split.
+        RunError: the disk is full or fails.
     """
     if dataset.test_images is None:
         raise UserError(f"{dataset.source} has no labelled test split, which TFDS's cifar10 has")

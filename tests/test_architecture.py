@@ -55,6 +55,47 @@ def test_imports_go_downwards(path):
         assert names[0] not in ("configs", "experiments", "tests"), f"{path.name} imports {module}"
 
 
+def names_of(path):
+    """What another module can import from a file: what its top level defines, and its folder."""
+    if not path.exists():  # a folder without __init__.py
+        return {each.stem for each in path.parent.iterdir()}
+    names = {each.stem for each in path.parent.iterdir()} if path.name == "__init__.py" else set()
+    nodes = ast.parse(path.read_text()).body
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        else:
+            nodes.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def file_of(module):
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+OWN = ("cifar_jax", "configs", "experiments", "tests")
+EVERY_FILE = [path for folder in OWN for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def test_what_is_imported_exists():
+    """Also inside functions, and in experiments that no test runs."""
+    missing = []
+    for path in EVERY_FILE:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in OWN:
+                known = names_of(file_of(node.module))
+                for alias in node.names:
+                    if alias.name != "*" and alias.name not in known:
+                        missing.append(f"{path.relative_to(ROOT)}: {node.module}.{alias.name}")
+    assert missing == []
+
+
 def test_tensorflow_is_imported_late_and_only_to_feed():
     users = {}
     for path in FILES:

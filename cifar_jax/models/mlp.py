@@ -36,11 +36,12 @@ class MLP(nnx.Module):
         height, width, channels = image_shape
         sizes = (height * width * channels, *hidden_sizes, num_classes)
         for i, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+            is_last = i == len(hidden_sizes) + 1
             layer = nnx.Linear(
                 inputs,
                 outputs,
                 kernel_init=nnx.initializers.glorot_uniform(),
-                dtype=dtype,
+                dtype=jnp.promote_types(dtype, jnp.float32) if is_last else dtype,
                 param_dtype=param_dtype,
                 dot_general=_dot_general,
                 rngs=rngs,
@@ -55,7 +56,9 @@ class MLP(nnx.Module):
         keys: jax.Array | None = None,
         axis_name: str | None = None,
     ) -> jax.Array:
-        """Returns logits [B, classes] of images [B, H, W, C], uint8 or float in 0..255.
+        """Returns logits of images [B, H, W, C], uint8 or float in 0..255.
+
+        They are [B, classes], float32 or wider.
 
         `train`, `keys` and `axis_name` are part of every model's signature; an MLP has neither
         dropout nor batch statistics and needs none of them.

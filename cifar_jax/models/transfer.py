@@ -10,8 +10,8 @@ from cifar_jax.models.batch_norm import BatchNorm, BatchNormMode
 from cifar_jax.models.layers import check_name, dropout
 from cifar_jax.models.resnet50 import LAST_PART, ResNet50
 from cifar_jax.models.stem import interpolate_pixels, repeat_pixels
+from cifar_jax.phases import UPSAMPLINGS
 
-UPSAMPLINGS = range(1, 9)
 INTERPOLATIONS = ("nearest", "bilinear")
 HEADS = ("flatten", "pooled")
 
@@ -257,7 +257,7 @@ class TailClassifier(nnx.Module):
 
 
 def keep_parts(model: TransferClassifier, parts: Collection[str]) -> TransferClassifier:
-    """Takes all other parts of its backbone from a model: they are never called."""
+    """Deletes the other parts of a model's backbone, which are never called; returns it."""
     backbone = model.backbone
     if "stem" not in parts:
         backbone.stem_conv = backbone.stem_norm = None

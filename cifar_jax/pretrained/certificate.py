@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import functools
-import math
 import os
 import re
 from pathlib import Path
@@ -16,7 +15,7 @@ from flax import nnx
 
 from cifar_jax.models.resnet50 import ResNet50
 from cifar_jax.models.transfer import FlattenHead, PooledHead, preprocess
-from cifar_jax.pretrained.names import FEATURES, Head, Structure, printable
+from cifar_jax.pretrained.names import Head, Structure, printable
 from cifar_jax.pretrained.ours import Header, digests
 from cifar_jax.pretrained.port import Weights
 
@@ -96,7 +95,7 @@ def _size(head: Head | None) -> tuple[int, int]:
 def _upsampling(head: Head | None) -> int:
     if head is None:
         return 1
-    return math.isqrt(head.features // FEATURES) if head.kind == "flatten" else _POOLED_UPSAMPLING
+    return head.side if head.kind == "flatten" else _POOLED_UPSAMPLING
 
 
 def _formula(head: Head | None) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from cifar_jax.errors import UserError
 from cifar_jax.pretrained.hdf5 import Tree
 from cifar_jax.pretrained.keras import CLASSES, LEAVES, TOP, backbone_names
-from cifar_jax.pretrained.names import Head, printable
+from cifar_jax.pretrained.names import Head, printable, size
 
 _OLD_TOPS = ("probs", "fc1000")  # what earlier releases called the published model's top
 _HEADS = {  # (batch norms, dense layers) behind the backbone -> our layers, in Keras's order
@@ -69,7 +69,7 @@ def _collect(layers: Iterator[_Layer], tree: Tree, *, into: Found) -> Found:
         else:
             head[layer.kind].append(layer)
     if f"{TOP}/bias" in into.tensors:
-        into.classes = _size(into.tensors[f"{TOP}/bias"])
+        into.classes = size(into.tensors[f"{TOP}/bias"])
     into.head = _take_head(head, tree=tree, into=into)
     for name in tree.datasets.keys() - used:
         if name.startswith(("optimizer/", "optimizer_weights/")) or "seed_generator" in name:
@@ -104,8 +104,8 @@ def _take_head(found: Mapping[str, list[_Layer]], *, tree: Tree, into: Found) ->
     kind, first = ("flatten", "dense1") if counts == (3, 3) else ("pooled", "logits")
     return Head(
         kind,
-        features=_size(into.tensors.get(f"head.{first}/kernel")),
-        classes=_size(into.tensors.get("head.logits/bias")),
+        features=size(into.tensors.get(f"head.{first}/kernel")),
+        classes=size(into.tensors.get("head.logits/bias")),
     )
 
 
@@ -179,7 +179,3 @@ def _number(text: str | None) -> int:
     if text is None:
         return 0
     return int(text) if re.fullmatch(r"\d{1,6}", text, re.ASCII) else -1
-
-
-def _size(array: np.ndarray | None) -> int:
-    return array.shape[0] if array is not None and array.ndim else 0

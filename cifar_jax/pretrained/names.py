@@ -118,9 +118,9 @@ def structure_of(found: Mapping[str, np.ndarray], variant: str) -> Structure:
     if any(name.startswith("backbone.") for name in found):
         kind = "flatten" if "head.dense1.kernel" in found else "pooled"
         first = found.get("head.dense1.kernel" if kind == "flatten" else "head.logits.kernel")
-        head = Head(kind, features=_size(first, 0), classes=_size(found.get("head.logits.bias"), 0))
+        head = Head(kind, features=size(first), classes=size(found.get("head.logits.bias")))
     top = found.get("backbone.top.bias" if head else "top.bias")
-    return Structure(variant, classes=None if top is None else _size(top, 0), head=head)
+    return Structure(variant, classes=None if top is None else size(top), head=head)
 
 
 def differences(found: Mapping[str, np.ndarray], expected: Mapping[str, Shape]) -> list[str]:
@@ -210,5 +210,6 @@ def _head(head: Head | None) -> list[Layer]:
     return found
 
 
-def _size(array: np.ndarray | None, axis: int) -> int:
-    return array.shape[axis] if array is not None and array.ndim > axis else 0
+def size(array: np.ndarray | None) -> int:
+    """Returns the length of an array's first axis, 0 where there is none."""
+    return array.shape[0] if array is not None and array.ndim else 0

@@ -3,9 +3,13 @@
 import io
 import math
 import os
+from typing import TYPE_CHECKING
 
 from cifar_jax.recording.files import write_atomically
 from cifar_jax.recording.metrics_log import evaluation_rows
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PANELS = (("accuracy", "accuracy"), ("loss", "loss (cross-entropy)"))
 TRAIN_COLOUR = "tab:blue"
@@ -32,7 +36,7 @@ def draw_curves(rows: list[dict], path: str | os.PathLike, title: str) -> None:
         _plot(axes, rows, f"validation_{metric}", label="validation", color=VALIDATION_COLOUR)
     for axes in figure.axes:
         axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_comparison(
@@ -58,10 +62,10 @@ def draw_comparison(
     # One legend below the panels, a line for each run: names are long, and may be many.
     figure.set_figheight(figure.get_figheight() + 0.22 * len(runs))
     figure.legend(figure.axes[0].lines, list(runs), loc="outside lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _new_figure(title: str):
+def _new_figure(title: str) -> "Figure":
     """A figure with one panel a metric over the epochs."""
     # Here, because it takes half a second that other commands need not pay; and without pyplot,
     # which would look for a display and keep every figure.
@@ -88,7 +92,8 @@ def _plot(axes, rows: list[dict], metric: str, *, by: str = "epochs", **style) -
     )
 
 
-def _save(figure, path: str | os.PathLike) -> None:
+def save(figure: "Figure", path: str | os.PathLike) -> None:
+    """Writes a figure as PNG, 120 dots an inch, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     write_atomically(path, image.getvalue())

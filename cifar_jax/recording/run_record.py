@@ -91,9 +91,13 @@ def describe_git(folder: Path) -> dict | None:
         return None
 
 
-def has_run_record(workdir: str | os.PathLike) -> bool:
-    """Tells whether a run has left its record here."""
-    return (Path(workdir) / RECORD_NAME).exists()
+def record_so_far(workdir: str | os.PathLike) -> dict:
+    """Reads a run's record; empty where there is none yet.
+
+    Raises:
+        UserError: as `read_run_record`.
+    """
+    return read_run_record(workdir) if (Path(workdir) / RECORD_NAME).exists() else {}
 
 
 def read_run_record(workdir: str | os.PathLike) -> dict:
@@ -183,7 +187,7 @@ def _editing(workdir: str | os.PathLike) -> Iterator[dict]:
     with writing(lock):
         lock.touch()
     with FileLock(lock):  # two evaluations at the same time must not lose each other's entry
-        record = read_run_record(workdir) if has_run_record(workdir) else {}
+        record = record_so_far(workdir)
         yield record
         text = json.dumps(record, indent=2, default=methodcaller("item"))
         write_atomically(path, text.encode() + b"\n")

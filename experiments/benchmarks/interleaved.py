@@ -15,6 +15,7 @@ import platform
 import re
 import signal
 import time
+import timeit
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -162,12 +163,7 @@ def fastest(candidates: Mapping[str, Callable[[], Any]], *, repeats: int = 2) ->
     best = {}
     for name, work in candidates.items():
         work()
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        best[name] = min(times)
+        best[name] = min(timeit.repeat(work, number=1, repeat=repeats))
     return dict(sorted(best.items(), key=lambda item: item[1]))
 
 

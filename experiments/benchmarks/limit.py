@@ -1,7 +1,7 @@
 """What bounds a step: its work by formula, and what the machine reaches at best."""
 
 import dataclasses
-import time
+import timeit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -93,18 +93,9 @@ def machine(turns: Turns) -> None:
     probes = {**_xla_gemm(), **_torch_probes()}
     for report in turns:
         report["gflops"] = {
-            name: flop / best_seconds(probe) / 1e9 for name, (probe, flop) in probes.items()
+            name: flop / min(timeit.repeat(probe, number=1, repeat=REPEATS)) / 1e9
+            for name, (probe, flop) in probes.items()
         }
-
-
-def best_seconds(work: Callable[[], object], *, repeats: int = REPEATS) -> float:
-    """Returns the shortest time of several."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 def summarize_rates(rates: Sequence[Report]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from cifar_jax.data.sources import load
 from cifar_jax.data.splits import Split, fingerprint, make_splits
 from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
-from experiments.benchmarks.mlp import BATCH_SIZE, PACKAGES, SPLIT_SEED, create_keras_model
+from experiments.benchmarks.mlp import PACKAGES
+from experiments.benchmarks.mlp_peers import BATCH_SIZE, SPLIT_SEED, create_keras_model
 
 FOLDER = Path(__file__).parent
 METRICS = FOLDER / "metrics"

@@ -23,7 +23,9 @@ import numpy as np
 
 from cifar_jax.errors import exit_on_user_error
 from cifar_jax.recording.files import write_atomically
+from cifar_jax.recording.metrics_log import read_rows
 from experiments.benchmarks import interleaved
+from experiments.benchmarks.peers import compile_keras
 
 if TYPE_CHECKING:
     from cifar_jax.data.splits import Split
@@ -65,13 +67,6 @@ def command(workdir: Path, weights: Path) -> list[str]:
     ]
 
 
-def read_rows(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the steps that a run has logged."""
-    log = workdir / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def train_ours(workdir: Path, weights: Path) -> list[dict[str, Any]]:
     """Runs our command up to step 15, then on to step 30; returns one row a step."""
     for last in (STEPS // 2, STEPS):
@@ -105,11 +100,7 @@ def train_keras(weights: Path, path: Path) -> None:
 
     model = keras_transfer.create(upsampling=8, preprocessing="unit")
     to_keras(initial, model)
-    model.compile(
-        optimizer=keras.optimizers.RMSprop(LEARNING_RATE),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
+    compile_keras(model, learning_rate=LEARNING_RATE)
     rows = []
 
     class EveryStep(keras.callbacks.Callback):

@@ -3,13 +3,12 @@
 python -m experiments.scarce_data.draw
 """
 
-import io
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from cifar_jax.recording.files import write_atomically
+from cifar_jax.recording.figures import save
 from experiments.seeds import read_sweep
 
 FOLDER = Path(__file__).parent
@@ -39,9 +38,7 @@ def main() -> None:
     axes.set_ylim(0, 1)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(FOLDER / "scarce_data.png", image.getvalue())
+    save(figure, FOLDER / "scarce_data.png")
 
 
 if __name__ == "__main__":

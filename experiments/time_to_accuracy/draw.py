@@ -4,14 +4,13 @@ python -m experiments.time_to_accuracy.draw
 """
 
 import csv
-import io
 import json
 from datetime import datetime
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from cifar_jax.recording.files import write_atomically
+from cifar_jax.recording.figures import save
 
 FOLDER = Path(__file__).parent
 NOTEBOOK = 0.9366  # its test accuracy
@@ -60,9 +59,7 @@ def main() -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=120)
-    write_atomically(FOLDER / "minutes.png", image.getvalue())
+    save(figure, FOLDER / "minutes.png")
 
 
 if __name__ == "__main__":
