@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar_jax.config import check_version, flatten
 from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging, tell
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import set_up_memory
 from cifar_jax.phases import UPSAMPLINGS
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
@@ -277,7 +277,7 @@ def main() -> None:
     options = parser.parse_intermixed_args()
     with exit_on_user_error():
         set_up_logging()
-        keep_freed_memory()
+        set_up_memory()
         print(json.dumps(average(**vars(options))))
 
 

@@ -15,7 +15,7 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging, tell
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import set_up_memory
 
 if TYPE_CHECKING:  # they import JAX, for which `--help` does not wait
     from cifar_jax.data.splits import Split
@@ -119,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     with exit_on_user_error():
         set_up_logging()
-        keep_freed_memory()
+        set_up_memory()
         print(json.dumps(evaluate(**vars(options))))
 
 

@@ -10,7 +10,7 @@ backbone and head, for predict and evaluate.
 
 from cifar_jax.command import end, parse_flags
 from cifar_jax.errors import exit_on_user_error, set_up_logging
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import set_up_memory
 
 EXAMPLES = {"config": "configs/resnet50_probe.py", "workdir": "runs/probe"}
 
@@ -20,7 +20,7 @@ def main() -> None:
     with exit_on_user_error():
         values = parse_flags(__doc__, EXAMPLES)
         set_up_logging()
-        keep_freed_memory()
+        set_up_memory()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import probe
 

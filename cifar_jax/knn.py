@@ -17,7 +17,7 @@ import ml_collections
 
 from cifar_jax.command import parse_flags
 from cifar_jax.errors import UserError, exit_on_user_error, set_up_logging, tell
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import set_up_memory
 
 KS = (5, 10, 20, 50, 100, 200)
 EXAMPLES = {"config": "configs/resnet50_probe.py"}
@@ -28,7 +28,7 @@ def main() -> None:
     with exit_on_user_error():
         values = parse_flags(__doc__, EXAMPLES, switch="test")
         set_up_logging()
-        keep_freed_memory()
+        set_up_memory()
         print(json.dumps(evaluate_knn(values.config, KS, test=values.test)))
 
 

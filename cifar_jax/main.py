@@ -9,7 +9,7 @@ unit, stands in configs/common.py; each can be set as --config.NAME=VALUE.
 
 from cifar_jax.command import end, parse_flags
 from cifar_jax.errors import exit_on_user_error, set_up_logging
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import set_up_memory
 
 EXAMPLES = {"config": "configs/mlp.py", "workdir": "runs/mlp"}
 
@@ -19,7 +19,7 @@ def main() -> None:
     with exit_on_user_error():
         values = parse_flags(__doc__, EXAMPLES)
         set_up_logging()
-        keep_freed_memory()
+        set_up_memory()
         # JAX and TensorFlow take seconds to import: --help and bad flags do not wait for them.
         from cifar_jax import train
 

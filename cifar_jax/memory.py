@@ -9,6 +9,22 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 _NEVER, _PADDING = -1, 64 << 20
 
 
+def set_up_memory() -> None:
+    """For a process that is one command: it keeps what it frees, and needs the temporaries once.
+
+    By default JAX computes on CPUs in a thread of its own. What the others allocate meanwhile came
+    to lie where temporaries had been, which then did not fit there any more: in nine steps a
+    process grew to five times the temporaries, where one that computes in the calling thread stays
+    at one and a half (experiments/benchmarks/README.md).
+
+    To be called before JAX is used.
+    """
+    keep_freed_memory()
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def release_freed_memory() -> None:
     """Gives the system back what is free right now; on Linux with glibc, else nothing.
 
@@ -30,9 +46,8 @@ def keep_freed_memory() -> None:
     XLA's CPU backend allocates the temporaries of every step anew, hundreds of megabytes. glibc
     maps such blocks from the system and gives them back, so that each step of a ResNet-50 pays for
     some 200,000 page faults (256 px, batch 8), 8 to 18 % of its time. The process keeps the most
-    that it ever held, and in many runs that is the temporaries twice: 4.0 GB where 2.7 would do.
-    For what it aligns to 64 bytes glibc needs 112 more, which are free again at once; some small
-    block of XLA's takes them, and if it still lives when the next step begins, the temporaries'
+    that it ever held. For what it aligns to 64 bytes glibc needs 112 more, which are free again at
+    once; if some small block takes them and still lives when the next step begins, the temporaries'
     old place is too small by that much.
     """
     if platform.libc_ver()[0] != "glibc" or "hugetlb" in os.environ.get("GLIBC_TUNABLES", ""):

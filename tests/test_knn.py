@@ -53,7 +53,7 @@ def test_batches_change_nothing(splits, monkeypatch):
 
 
 def test_the_command_prints_nothing_but_json(monkeypatch, capsys):
-    monkeypatch.setattr(knn, "keep_freed_memory", lambda: None)  # it would stay with this process
+    monkeypatch.setattr(knn, "set_up_memory", lambda: None)  # it would stay with this process
     monkeypatch.setattr(knn, "evaluate_knn", lambda config, ks, test: {"validation": {ks[0]: 0.5}})
     monkeypatch.setattr(sys, "argv", ["knn", "--config=configs/resnet50_probe.py"])
     knn.main()

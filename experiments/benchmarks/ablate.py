@@ -13,7 +13,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved, ours
 from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Turns
-from experiments.benchmarks.job import Job, keeping_memory
+from experiments.benchmarks.job import Job, as_command
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "numpy")
@@ -43,10 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     job = read_job(parser, options)
     machine = interleaved.describe_machine(PACKAGES)
-    contenders = {"ours": functools.partial(keeping_memory, ours.ours, job)}
+    contenders = {"ours": functools.partial(as_command, ours.ours, job)}
     for path in options.paths:
         run = functools.partial(ours_without, path)
-        contenders[f"without: {path}"] = functools.partial(keeping_memory, run, job)
+        contenders[f"without: {path}"] = functools.partial(as_command, run, job)
     interleaved.write_comparison(
         options.results or RESULTS / f"ablate_{job.size}px_batch{job.batch_size}",
         interleaved.run(contenders, rounds=options.rounds),

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from cifar_jax.memory import keep_freed_memory
+from cifar_jax.memory import keep_freed_memory, set_up_memory
 from experiments.benchmarks import limit
 from experiments.benchmarks.interleaved import Turns
 
@@ -68,6 +68,12 @@ def make_stacks(job: Job) -> list[dict[str, np.ndarray]]:
 def keeping_memory(contender: Callable[[Any, Turns], None], setting: Any, turns: Turns) -> None:
     """Runs a contender in a process that keeps the memory it frees, as our commands do."""
     keep_freed_memory()
+    contender(setting, turns)
+
+
+def as_command(contender: Callable[[Any, Turns], None], setting: Any, turns: Turns) -> None:
+    """Runs a contender of ours in a process that is set up as our commands set up theirs."""
+    set_up_memory()
     contender(setting, turns)
 
 

@@ -17,7 +17,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Turns
-from experiments.benchmarks.job import Job, keeping_memory, make_stacks, take_turns
+from experiments.benchmarks.job import Job, as_command, make_stacks, take_turns
 from experiments.benchmarks.ours import Training, create_ours
 
 STEPS = 50  # in a turn
@@ -67,8 +67,8 @@ def main() -> None:
     load()  # missing images are told, or fetched, before anybody has set up
     os.environ |= {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     contenders = {
-        "bare step": functools.partial(keeping_memory, bare_step, job),
-        "whole loop": functools.partial(keeping_memory, whole_loop, job),
+        "bare step": functools.partial(as_command, bare_step, job),
+        "whole loop": functools.partial(as_command, whole_loop, job),
     }
     interleaved.write_comparison(
         options.results or RESULTS / f"loop_{job.size}px_batch{job.batch_size}",

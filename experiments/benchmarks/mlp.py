@@ -17,6 +17,7 @@ import numpy as np
 
 from cifar_jax.data import sources
 from cifar_jax.errors import exit_on_user_error
+from cifar_jax.memory import set_up_memory
 from experiments.benchmarks import interleaved, limit, mlp_peers
 from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import Turns
@@ -31,6 +32,7 @@ PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
 
 def train_silently(prepare: Callable[[Any], None]) -> None:
     """Trains with `configs/mlp.py`, without end; `prepare` is given the loop before it starts."""
+    set_up_memory()
     from cifar_jax.loop import Loop
     from cifar_jax.recording.recorder import SilentRecorder
     from cifar_jax.train import train_and_evaluate

@@ -18,21 +18,21 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved, limit, ours, peers
 from experiments.benchmarks.command import add_size, make_parser, read_job, written_by
 from experiments.benchmarks.interleaved import Report
-from experiments.benchmarks.job import LONG_TURN, WORKS, Job, keeping_memory
+from experiments.benchmarks.job import LONG_TURN, WORKS, Job, as_command, keeping_memory
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("jax", "flax", "optax", "tensorflow-cpu", "keras", "torch", "numpy")
 TITLES = {"train": "One training step", "infer": "Inference", "features": "Feature extraction"}
-CONTENDERS = {
-    "ours": ours.ours,
+OURS = {"ours": ours.ours, "plain-jax": ours.plain_jax}
+PEERS = {
     "pytorch": peers.pytorch,
     "pytorch-compiled": peers.pytorch_compiled,
     "keras-tf": functools.partial(peers.keras, backend="tensorflow", jit_compile=False),
     "keras-tf-xla": functools.partial(peers.keras, backend="tensorflow", jit_compile=True),
     "keras-jax": functools.partial(peers.keras, backend="jax", jit_compile=True),
-    "plain-jax": ours.plain_jax,
 }
-CONTENDERS = {name: functools.partial(keeping_memory, run) for name, run in CONTENDERS.items()}
+CONTENDERS = {name: functools.partial(as_command, run) for name, run in OURS.items()}
+CONTENDERS |= {name: functools.partial(keeping_memory, run) for name, run in PEERS.items()}
 CONTENDERS["pytorch-as-installed"] = peers.pytorch
 
 

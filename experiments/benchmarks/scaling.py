@@ -17,7 +17,7 @@ from cifar_jax.errors import exit_on_user_error
 from experiments.benchmarks import interleaved
 from experiments.benchmarks.command import make_parser, written_by
 from experiments.benchmarks.interleaved import Report, Turns
-from experiments.benchmarks.job import LONG_TURN, Job, keeping_memory, make_stacks, take_turns
+from experiments.benchmarks.job import LONG_TURN, Job, as_command, make_stacks, take_turns
 from experiments.benchmarks.ours import Training, create_ours
 
 CORES = interleaved.usable_cores()
@@ -85,7 +85,7 @@ def measure(kind: str, *, rounds: int) -> list[dict[str, Any]]:
     """Times each setting, round by round."""
     settings = settings_of(kind)
     workers = {
-        str(setting[kind]): functools.partial(keeping_memory, contender, setting)
+        str(setting[kind]): functools.partial(as_command, contender, setting)
         for setting in settings
     }
     reports = interleaved.run(workers, rounds=rounds)
@@ -97,7 +97,7 @@ def measure(kind: str, *, rounds: int) -> list[dict[str, Any]]:
 
 def measure_memory() -> list[Report]:
     """Runs 2,000 steps, a turn of 100 after the other."""
-    worker = {"memory": functools.partial(keeping_memory, many_steps, USUAL)}
+    worker = {"memory": functools.partial(as_command, many_steps, USUAL)}
     return interleaved.run(worker, rounds=MEMORY_TURNS)["memory"]
 
 
