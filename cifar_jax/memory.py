@@ -10,12 +10,12 @@ _NEVER, _PADDING = -1, 64 << 20
 
 
 def set_up_memory() -> None:
-    """For a process that is one command: it keeps what it frees, and needs the temporaries once.
+    """For a process that is one command: it keeps what it frees, and few copies of temporaries.
 
     By default JAX computes on CPUs in a thread of its own. What the others allocate meanwhile came
-    to lie where temporaries had been, which then did not fit there any more: in nine steps a
-    process grew to five times the temporaries, where one that computes in the calling thread stays
-    at one and a half (experiments/benchmarks/README.md).
+    to lie where temporaries had been, which then did not fit there any more: a run held them four
+    and five times, 18.9 and 23.1 GB, where one that computes in the calling thread holds them
+    twice, 10.4 GB (160 px, 64 images; experiments/benchmarks/README.md).
 
     To be called before JAX is used.
     """

@@ -120,7 +120,7 @@ print(peak())
 @glibc
 @pytest.mark.slow
 def test_a_step_holds_its_temporaries_once():
-    """As the loop runs it: one call ahead of the metrics. 1.1 measured, 4 or 5 where JAX's own
+    """As the loop runs it: one call ahead of the metrics. 1.1 measured; 2 to 5 where JAX's own
     thread computes."""
     temporaries, before, after = map(int, run(STEPS))
     assert temporaries > 3e8
