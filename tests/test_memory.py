@@ -66,7 +66,7 @@ def test_it_is_given_back_where_the_user_asks_for_large_pages():
 READY = """
 import jax.numpy as jnp
 {set_up}
-x = jnp.ones((1500, 1500))
+x = jnp.ones((4000, 4000))  # a second's work: no pause of this thread is as long
 print((x @ x).is_ready())
 """
 SET_UP = "from cifar_jax.memory import set_up_memory; set_up_memory()"

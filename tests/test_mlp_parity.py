@@ -194,3 +194,9 @@ def test_epsilon_outside_the_root_is_seen(inputs, monkeypatch):
     ours = run_ours(*inputs.value, "float64", optimizer_config("rmsprop"))
     losses, _ = largest_difference(ours, reference("rmsprop", "float64", inputs))
     assert losses > 1e4 * FLOAT64_TOLERANCE
+
+
+def test_logits_are_float32_where_the_rest_computes_in_bfloat16():
+    model = MLP(hidden_sizes=(4,), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    logits = model(np.zeros((1, 32, 32, 3), np.uint8), train=False)
+    assert logits.dtype == np.float32 and model.dense1.dtype == jnp.bfloat16
