@@ -95,15 +95,15 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
       path: of the sweep's file.
 
     Raises:
-      UserError: naming file and run.
+      UserError: naming file and run, or the flag where it is one of all runs.
     """
-    asks_about_test = any(flag.startswith("--config.test=") for flag in shared)
+    values, _ = read_flags(["config"], ["sweep", *shared])
+    if values.config.test and any(flag.startswith("--config.test=") for flag in shared):
+        raise UserError("--config.test: a sweep leaves the test split unread; leave the flag out")
     for name, (module, *flags) in runs.items():
         try:
             values, _ = read_flags(["config"], ["sweep", *shared, *flags])
             configuration.check(values.config)
-            if asks_about_test and values.config.test:
-                raise UserError("--config.test: a sweep leaves the test split unread")
             plain = configuration.to_dict(values.config)
             if module.endswith(".features"):
                 configuration.check_features(plain)

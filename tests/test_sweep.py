@@ -120,6 +120,7 @@ def test_a_wrong_field_of_all_runs_is_told_before_the_first(files, tmp_path, cap
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}", flag])
     told = capsys.readouterr().err
     assert caught.value.code == 2 and flag.strip("-")[:11] in told and told.count("\n") == 1
+    assert files[0] not in told  # no run of the file is to blame
     assert not (tmp_path / "runs").exists()
 
 
