@@ -64,7 +64,9 @@ def average(
       directory: of the images, where it is not the first run's own.
 
     Returns:
-      {"checkpoints": names, "loss": nats, "accuracy": 0..1, "count": validation images}.
+      {"checkpoints": names, "pretrained_sha256": of the file that their runs began with (None: of
+      no file), "upsampling": of the images, "loss": nats, "accuracy": 0..1, "count": validation
+      images}.
 
     Raises:
       UserError: without such checkpoints, for runs that differ in more than their training, for a
@@ -101,8 +103,13 @@ def average(
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
     trained = load_trained(weights=dest)
     totals = measure(trained, splits["validation"], batch_size=plan.eval_batch_size)
-    names = [each.name for each in checkpoints]
-    return {"checkpoints": names, **totals.means(), "count": totals.count}
+    return {
+        "checkpoints": [each.name for each in checkpoints],
+        "pretrained_sha256": _origin(header),
+        "upsampling": header.upsampling,
+        **totals.means(),
+        "count": totals.count,
+    }
 
 
 def _check_dest(dest: str | os.PathLike) -> pathlib.Path:

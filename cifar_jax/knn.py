@@ -6,12 +6,14 @@ Nothing is trained. Each image takes the votes of its k nearest training images,
 their pooled features, weighted with exp(cosine / 0.07) (Wu et al., "Unsupervised Feature Learning
 via Non-Parametric Instance Discrimination", 2018). The features are those that cifar_jax.features
 caches. k is chosen on validation; --test reads the test split with it. Accuracies are printed as
-JSON, by k.
+JSON, by k, with the weights, features and splits that they are of.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import ml_collections
 
@@ -34,13 +36,17 @@ def main() -> None:
 
 def evaluate_knn(
     config: ml_collections.ConfigDict, ks: Sequence[int], *, test: bool
-) -> dict[str, dict[int, float]]:
-    """Returns accuracies: {"validation": {k: ...}}, and of the best of these k those of "test".
+) -> dict[str, Any]:
+    """Classifies the validation images, and the test images with the best k, by their neighbours.
 
     Args:
       config: as `configs/common.py` gives it, with a pooled head.
       ks: numbers of neighbours.
       test: whether to read the test split.
+
+    Returns:
+      {"weights": the file's header, "features": what they depend on, "splits_sha256": of the rows,
+      "validation": accuracy by k} and, where it is read, "test": that of the best k.
 
     Raises:
       UserError: as `cifar_jax.probe.train_head`.
@@ -50,11 +56,11 @@ def evaluate_knn(
     import jax
 
     from cifar_jax import config as configuration
-    from cifar_jax.data.splits import NAMES
+    from cifar_jax.data.splits import NAMES, fingerprint
     from cifar_jax.initial import find_weights
     from cifar_jax.neighbours import accuracy_by_k
     from cifar_jax.parallel import check_batch_size, check_devices
-    from cifar_jax.probe import feature_splits, load_backbone
+    from cifar_jax.probe import feature_key, feature_splits, load_backbone
     from cifar_jax.setup import load_splits
     from cifar_jax.signals import StopSignal
 
@@ -70,14 +76,19 @@ def evaluate_knn(
     with jax.default_matmul_precision(config.matmul_precision):
         find_weights(plain["model"])  # a file that is missing is told before images are fetched
         data, splits = load_splits(plain)
-        _, backbone = load_backbone(plain)
+        loaded, backbone = load_backbone(plain)
+        found = {
+            "weights": dataclasses.asdict(loaded.header),
+            "features": feature_key(plain, backbone, images_sha256=data.sha256),
+            "splits_sha256": fingerprint(splits),
+        }
         splits = {name: splits[name] for name in (NAMES if test else NAMES[:2])}
         with StopSignal() as stop:
             splits = feature_splits(plain, data, splits, backbone, stop)
         if stop.received is not None:
             tell("stopped; the features so far are kept, and the same command goes on with them")
             sys.exit(128 + stop.received)
-        found = {"validation": accuracy_by_k(splits["train"], splits["validation"], ks)}
+        found["validation"] = accuracy_by_k(splits["train"], splits["validation"], ks)
         if test:
             best = max(ks, key=found["validation"].get)
             found["test"] = accuracy_by_k(splits["train"], splits["test"], [best])

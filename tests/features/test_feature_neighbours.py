@@ -8,8 +8,9 @@ import pytest
 
 from cifar_jax import knn
 from cifar_jax.backbone import Backbone
-from cifar_jax.data.splits import make_splits
+from cifar_jax.data.splits import fingerprint, make_splits
 from cifar_jax.errors import UserError
+from cifar_jax.pretrained import port
 from tests.features.helpers import changed, quick_program
 from tests.test_knn import reference as knn_reference
 
@@ -29,7 +30,11 @@ def test_neighbours_are_found_among_cached_features(
     assert found["test"] == pytest.approx(
         {best: knn_reference(splits["train"], splits["test"], best)}
     )
-    assert knn.evaluate_knn(module_config, (1,), test=False).keys() == {"validation"}
+    header = port.read(config.model.pretrained).header
+    assert found["weights"] == dataclasses.asdict(header)
+    assert found["splits_sha256"] == fingerprint(splits)
+    assert found["features"]["upsampling"] == config.model.upsampling
+    assert "test" not in knn.evaluate_knn(module_config, (1,), test=False)
 
 
 def test_a_signal_during_the_search_ends_it(reference, module_config, monkeypatch):
