@@ -64,9 +64,8 @@ def average(
       directory: of the images, where it is not the first run's own.
 
     Returns:
-      {"checkpoints": names, "pretrained_sha256": of the file that their runs began with (None: of
-      no file), "upsampling": of the images, "loss": nats, "accuracy": 0..1, "count": validation
-      images}.
+      {"checkpoints": names, "pretrained_sha256": or None, and on validation "loss": nats,
+      "accuracy": 0..1, "count": images}.
 
     Raises:
       UserError: without such checkpoints, for runs that differ in more than their training, for a
@@ -84,9 +83,8 @@ def average(
 
     dest = _check_dest(dest)
     checkpoints, values = _mean_of(_places(workdirs, checkpoint), upsampling)
-    first = checkpoints[0]
     header = _header(checkpoints, upsampling, images)
-    config = first.extra["config"]
+    config = checkpoints[0].extra["config"]
     config = {**config, "model": {**config["model"], "upsampling": header.upsampling}}
     data, splits = load_splits(config, directory)
     for each in checkpoints:
@@ -103,13 +101,9 @@ def average(
     ours.write(dest, {name: np.asarray(leaf) for name, leaf in leaves.items()}, header)
     trained = load_trained(weights=dest)
     totals = measure(trained, splits["validation"], batch_size=plan.eval_batch_size)
-    return {
-        "checkpoints": [each.name for each in checkpoints],
-        "pretrained_sha256": _origin(header),
-        "upsampling": header.upsampling,
-        **totals.means(),
-        "count": totals.count,
-    }
+    names = [each.name for each in checkpoints]
+    made_of = {"checkpoints": names, "pretrained_sha256": _origin(header)}
+    return {**made_of, **totals.means(), "count": totals.count}
 
 
 def _check_dest(dest: str | os.PathLike) -> pathlib.Path:

@@ -109,6 +109,7 @@ RULES: dict[str, Rule] = {
 
 # What other models have no use for, and its value in configs/common.py.
 ONLY_RESNET50 = {
+    "freeze.batch_norm": "frozen",
     "optimizer.head_rate": 1.0,
     "optimizer.layer_decay": 1.0,
     "model.variant": "keras",

@@ -65,7 +65,7 @@ def load_initial_weights(
     path = find_weights(config)
     if path is None:
         return None
-    loaded = load_pretrained(expected, path, variant=config["variant"])
+    loaded = load_pretrained(expected, path, variant=config["variant"], head=config["head"])
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""
     unused = f"; not used: {', '.join(loaded.unused)}" if loaded.unused else ""
     tell(f"{len(loaded.values)} pretrained tensors from {path}{fresh}{unused}")

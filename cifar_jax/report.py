@@ -1,10 +1,11 @@
 """Compares runs: `python -m cifar_jax.report RUN... [--figure=PNG] [--by=minutes]`."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.errors import UserError, exit_on_user_error, tell
 from cifar_jax.recording.figures import X_AXES, draw_comparison
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from cifar_jax.recording.run_record import RECORD_NAME, field, read_run_record
@@ -117,7 +118,7 @@ def _cells(values: dict[str, float], *, missing: str) -> list[str]:
 
 def _names(workdirs: Sequence[str]) -> list[str]:
     """The folders' names, or the paths as they were given where two have the same name."""
-    folders = [Path(workdir).expanduser().resolve() for workdir in workdirs]
+    folders = [Path(os.path.realpath(Path(workdir).expanduser())) for workdir in workdirs]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise UserError(f"{workdirs[number]}: given twice; name each run once")
@@ -154,10 +155,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--figure={options.figure}: there is no folder {figure.parent}")
         if figure and figure.is_dir():
             raise UserError(f"--figure={options.figure}: is a folder; name a file to write")
+        workdirs = [each for each in options.runs if not Path(each).expanduser().is_file()]
+        for each in options.runs:
+            if each not in workdirs:  # of runs/*, a sweep's own table
+                tell(f"note: {each} is a file, not the --workdir of a run; left out")
         runs = {
             name: _read_run(workdir)
-            for name, workdir in zip(_names(options.runs), options.runs, strict=True)
+            for name, workdir in zip(_names(workdirs), workdirs, strict=True)
         }
+        if not runs:
+            raise UserError("no run is left; give the --workdir of one")
         for name, (_, rows) in runs.items():
             if figure and not evaluation_rows(rows):
                 raise UserError(f"{name}: no evaluation in its metrics; leave it out of --figure")

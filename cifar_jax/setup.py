@@ -194,6 +194,10 @@ def _describe_learning(setup: Setup) -> str:
         text += "all of them learn" if learning == count else f"{learning:,} of them learn"
     else:
         text = "\n" + describe_groups(parts, setup.optimizer, phases, batch_norm=batch_norm)
+    if setup.features:
+        last = config["freeze"]["features"]
+        frozen = f"all up to {last}, its norms too, is frozen and computed once"
+        text = f"; {frozen}; behind it: {text.removeprefix('; ')}"
     if jax.tree.leaves(setup.template.parts["batch_stats"]):
         text += f"; batch norms: {_BATCH_NORMS[batch_norm]}"
         if batch_norm == "train" and any(phase.frozen for phase in phases):

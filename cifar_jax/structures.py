@@ -34,7 +34,7 @@ def make_structures(
 def _structure(create: CreateModel, config: Mapping[str, Any], phase: Phase) -> nnx.GraphDef:
     model_config = {**config["model"], "upsampling": phase.upsampling}
     model = nnx.eval_shape(lambda: create(model_config))
-    _check_patterns(model, phase)
+    _check_patterns(model, phase, batch_norm=config["model"]["batch_norm"])
     if config["freeze"]["batch_norm"] == "frozen":
         for path, module in nnx.iter_modules(model):
             names = (".".join(map(str, (*path, leaf))) for leaf in ("scale", "bias"))
@@ -43,8 +43,9 @@ def _structure(create: CreateModel, config: Mapping[str, Any], phase: Phase) -> 
     return split_model(model)[0]
 
 
-def _check_patterns(model: nnx.Module, phase: Phase) -> None:
-    names = _parameters(split_model(model)[1])
+def _check_patterns(model: nnx.Module, phase: Phase, *, batch_norm: str) -> None:
+    parts = split_model(model)[1]
+    names = _parameters(parts)
     found = f'config.{FREEZE} has "{{}}"'
     for pattern in phase.frozen:
         if not any(is_frozen(name, [pattern]) for name in names):
@@ -53,7 +54,7 @@ def _check_patterns(model: nnx.Module, phase: Phase) -> None:
                 f"{found.format(pattern)}, with which no part of a parameter's name begins; "
                 f"expected such as {', '.join(tops)}"
             )
-    if all(is_frozen(name, phase.frozen) for name in names):
+    if not count_learning(parts, phase.frozen, batch_norm=batch_norm):
         raise UserError(f"{found.format(' '.join(phase.frozen))}, which leaves nothing to train")
 
 

@@ -25,6 +25,7 @@ python -m cifar_jax.evaluate --workdir=WORKDIR/NAME --split=test
 """
 
 import argparse
+import contextlib
 import dataclasses
 import re
 import shlex
@@ -38,6 +39,7 @@ from typing import Any
 from cifar_jax import config as configuration
 from cifar_jax.command import python_command, read_flags
 from cifar_jax.errors import RunError, UserError, exit_on_user_error, tell
+from cifar_jax.lock import locked
 from cifar_jax.recording.files import write_atomically
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from cifar_jax.signals import StopSignal
@@ -70,7 +72,7 @@ def _arguments(path: Path, name: str, table: Any) -> list[str]:
     if not isinstance(table, dict) or not re.fullmatch(r"\w[\w.-]*", name) or name == RANKING_NAME:
         raise UserError(f'{path}: "{name}" is no table with the name of a folder; see --help')
     if table.get("test"):
-        raise UserError(f"{path}: {name}.test is true; a sweep leaves the test split unread")
+        raise UserError(f"{path}: {name}.test is set; a sweep leaves the test split unread")
     command = table.pop("command", COMMANDS[0])
     if command not in COMMANDS:
         raise UserError(f'{path}: {name}.command is "{command}"; expected {" or ".join(COMMANDS)}')
@@ -86,13 +88,18 @@ def _fields(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield prefix + key, tuple(value) if isinstance(value, list) else value
 
 
-def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path) -> None:
-    """Refuses what no run could start with, before the first one has begun.
+def check_runs(
+    runs: Mapping[str, list[str]], shared: Sequence[str], path: Path
+) -> dict[str, dict[str, Any]]:
+    """Refuses fields that no run could start with, before the first one has begun.
 
     Args:
       runs: as `read_sweep` gives them.
       shared: flags of all runs.
       path: of the sweep's file.
+
+    Returns:
+      By run, its configuration, as `config.to_dict` gives it.
 
     Raises:
       UserError: naming file and run, or the flag where it is one of all runs.
@@ -100,8 +107,9 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
     values, _ = read_flags(["config"], ["sweep", *shared])
     if values.config.test and any(flag.startswith("--config.test=") for flag in shared):
         raise UserError("--config.test: a sweep leaves the test split unread; leave the flag out")
+    configs = {}
     for name, (module, *flags) in runs.items():
-        try:
+        with _naming(path, name):
             values, _ = read_flags(["config"], ["sweep", *shared, *flags])
             configuration.check(values.config)
             plain = configuration.to_dict(values.config)
@@ -109,8 +117,40 @@ def check_runs(runs: Mapping[str, list[str]], shared: Sequence[str], path: Path)
                 configuration.check_features(plain)
             else:
                 configuration.check_whole_model(plain)
-        except UserError as error:
-            raise UserError(f"{path}: {name}: {error}") from error
+            configs[name] = plain
+    return configs
+
+
+def check_files(configs: Mapping[str, dict[str, Any]], path: Path) -> None:
+    """Refuses what images or weights do not allow; both are fetched where they are missing.
+
+    Args:
+      configs: as `check_runs` gives them, of the runs that are still to start.
+      path: of the sweep's file.
+
+    Raises:
+      UserError: naming file and run.
+    """
+    from cifar_jax.initial import find_weights
+    from cifar_jax.plan import make_plan
+    from cifar_jax.setup import load_splits
+
+    counts: dict[str, int] = {}  # of training images, by what is said of the data
+    for name, config in configs.items():
+        with _naming(path, name):
+            find_weights(config["model"])
+            data = str(config["data"])
+            if data not in counts:
+                counts[data] = len(load_splits(config)[1]["train"])
+            make_plan(config, train_count=counts[data])
+
+
+@contextlib.contextmanager
+def _naming(path: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{path}: {name}: {error}") from error
 
 
 def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path) -> set[str]:
@@ -125,10 +165,14 @@ def run_all(runs: Mapping[str, list[str]], shared: Sequence[str], workdir: Path)
       The names of the failed runs.
 
     Raises:
+      UserError: where another process has a run, such as one that outlived its sweep.
       SystemExit: with 128 + signal, after a signal has ended the present run in order.
     """
     failed = set()
     for number, (name, (module, *flags)) in enumerate(runs.items(), start=1):
+        if (workdir / name).is_dir():
+            with locked(workdir / name, setting="--workdir"):
+                pass
         command = [sys.executable, "-m", module, *shared]
         command += [f"--workdir={workdir / name}", *flags, "--config.test=False"]
         tell(f"run {number}/{len(runs)}: {python_command()} {shlex.join(command[1:])}")
@@ -217,8 +261,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not Path(options.config).expanduser().is_file():
             raise UserError(f"--config={options.config}: no such file")
         shared = [f"--config={options.config}", *shared]
-        check_runs(runs, shared, options.sweep)
+        configs = check_runs(runs, shared, options.sweep)
         workdir = options.workdir.expanduser()
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir}: is a file; name a folder")
+        new = {name: each for name, each in configs.items() if not (workdir / name).exists()}
+        check_files(new, options.sweep)
         failed = run_all(runs, shared, workdir)
         ranking = rank(list(runs), workdir, failed=failed)
         table = format_ranking(ranking)

@@ -2,13 +2,12 @@
 
     python -m experiments.seeds runs/finetuned
 
-Reads what is there of each run: metrics.csv, and test.json where the test split was read, as
-`python -m cifar_jax.evaluate --workdir=RUN --split=test > RUN/test.json` leaves it.
+Reads what is there of each run: metrics.csv, and run.json, which has the accuracy on the test split
+where the run has read it.
 """
 
 import argparse
 import csv
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from cifar_jax.errors import UserError, exit_on_user_error
+from cifar_jax.recording.run_record import field, record_so_far
 
 
 def read_sweep(folder: Path) -> dict[str, list[dict[str, float]]]:
@@ -40,9 +40,9 @@ def read_sweep(folder: Path) -> dict[str, list[dict[str, float]]]:
             "validation": float(rows[-1]["validation_accuracy"]),
             "minutes": float(rows[-1]["train_seconds"]) / 60,
         }
-        test = path.with_name("test.json")
-        if test.exists():
-            runs[name, int(seed)]["test"] = json.loads(test.read_text())["accuracy"]
+        test = field(record_so_far(path.parent), "result.test_accuracy")
+        if test is not None:
+            runs[name, int(seed)]["test"] = test
     found: dict[str, list[dict[str, float]]] = {}
     for (name, _), run in sorted(runs.items()):
         found.setdefault(name, []).append(run)

@@ -46,6 +46,18 @@ def test_accuracies_are_those_of_the_loop(splits):
     assert len(set(found.values())) > 1 and 0.2 < found[5] < 1
 
 
+def test_votes_count_exp_of_cosine_over_007():
+    """Two neighbours weigh as much as one that is 0.07 log 2 = 0.0485 nearer."""
+    angles = {0.047: 1, 0.050: 0}  # difference of the cosines: who wins
+    for difference, winner in angles.items():
+        x = 1 - difference
+        bank = np.array([[1, 0], [x, (1 - x**2) ** 0.5], [x, -((1 - x**2) ** 0.5)], [1, 0]])
+        images = bank.reshape(4, 1, 1, 2).astype(np.float32)
+        labels = np.array([0, 1, 1, winner], np.int32)
+        splits = [Split("train", images, labels, rows) for rows in (np.arange(3), np.arange(3, 4))]
+        assert accuracy_by_k(*splits, [3]) == {3: 1.0}
+
+
 def test_batches_change_nothing(splits, monkeypatch):
     whole = accuracy_by_k(*splits, KS)
     monkeypatch.setattr("cifar_jax.neighbours.BATCH", 7)

@@ -1,5 +1,6 @@
 """Phases: which layers are frozen and how large the images are, from which step on."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -85,6 +86,7 @@ def test_adam_does_not_thaw():
         ("model.test_time_flip", True),
         ("model.batch_norm", "frozen"),
         ("model.remat", True),
+        ("freeze.batch_norm", "train"),
         ("model.pretrained", "keras"),
         ("model.preprocessing", "keras"),
         ("model.upsampling", 2),
@@ -188,13 +190,22 @@ def test_a_run_compiles_once_for_each_size(config, tmp_path, compiled_names):
 def test_a_run_goes_through_its_phases(config, tmp_path, capfd, monkeypatch):
     released = []
     monkeypatch.setattr(loop, "release_freed_memory", lambda: released.append(True))
+    evaluate_really = loop.Loop.evaluate
+
+    def evaluate_small_images_better(self, split):
+        totals = evaluate_really(self, split)
+        return dataclasses.replace(totals, correct=totals.count) if self.step == 4 else totals
+
+    monkeypatch.setattr(loop.Loop, "evaluate", evaluate_small_images_better)
     whole = train_and_evaluate(config, tmp_path)
     told = capfd.readouterr().err
     assert "from step 0: upsampling x1, frozen: backbone; parameters" in told
     assert "head 20,490 at 3, stage4" in told and "at 0.8" in told
     assert "; batch norms: train, in frozen layers frozen\n" in told
     assert told.count("from step 4: upsampling x2, frozen: stem, stage1") == 2  # planned, entered
-    assert [each["step"] for each in whole.rows if each["event"] == "evaluation"] == [4, 8]
+    evaluations = [each for each in whole.rows if each["event"] == "evaluation"]
+    assert [each["step"] for each in evaluations] == [4, 8]
+    assert evaluations[1]["validation_accuracy"] < evaluations[0]["validation_accuracy"] == 1
     assert len(released) == 1  # where the second phase starts
     # A reader of the checkpoint has the averages and the last size.
     trained = load_trained(tmp_path)
@@ -205,7 +216,7 @@ def test_a_run_goes_through_its_phases(config, tmp_path, capfd, monkeypatch):
     head = np.asarray(trained.model.head.logits.kernel)
     assert np.array_equal(head, arrays["ema.params.head.logits.kernel"])
     assert not np.array_equal(head, arrays["params.head.logits.kernel"])
-    # The best is of the last size: of the two evaluations the second.
+    # The best is of the last size, though images of the first one were classified better.
     assert find_step(tmp_path, "best") == 8
 
 
@@ -254,6 +265,10 @@ def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):
     config.freeze.layers = "stage head stem"
     with pytest.raises(UserError, match="leaves nothing to train"):
         train_and_evaluate(config, tmp_path)
+    config.freeze.layers = "stem_conv conv shortcut_conv head"
+    config.model.batch_norm = "frozen"
+    with pytest.raises(UserError, match="leaves nothing to train"):
+        set_up(configuration.to_dict(config), lambda x: create_model(x, seed=0))
     assert not list(tmp_path.iterdir())
 
 

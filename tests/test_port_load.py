@@ -125,7 +125,7 @@ def test_a_fine_tuned_top_is_a_pooled_head_or_said_to_be_left_out(head, is_taken
     path = tmp_path / "tuned.safetensors"
     ours.write(path, values, _HEADER)
     config = {"name": "resnet50", "variant": "torchvision", "preprocessing": "torchvision"}
-    config |= {"upsampling": 2, "interpolation": "nearest"}
+    config |= {"upsampling": 2, "interpolation": "nearest", "head": head}
     told = []
     loaded = load_initial_weights(
         _transfer(head=head), config | {"pretrained": str(path)}, tell=told.append
@@ -159,11 +159,26 @@ def test_settings_that_a_tuned_head_was_not_trained_with_are_noted(
     config |= dict(zip(("upsampling", "interpolation"), settings, strict=True))
     for head in ("pooled", "flatten"):  # which starts anew
         told = []
+        config["head"] = head
         expected = _transfer(head=head)
         load_initial_weights(expected, config | {"pretrained": str(path)}, tell=told.append)
         notes = told[1:]
         assert len(notes) == (note is not None and head == "pooled")
         assert all(line.startswith(f"note: config.model has {note}") for line in notes)
+
+
+def test_a_head_of_another_kind_is_told_by_the_field_to_set(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    header = dataclasses.replace(_HEADER, head="flatten", upsampling=2)
+    ours.write(path, _random(Structure("torchvision", head=_FLATTEN)), header)
+    config = {"variant": "torchvision", "head": "pooled", "pretrained": str(path)}
+    expected = 'config.model.head is "pooled", but .* holds .* "flatten" head; set .*head=flatten$'
+    with pytest.raises(UserError, match=expected):
+        load_initial_weights(
+            _transfer(head="pooled"),
+            config | {"name": "resnet50", "batch_norm": "train"},
+            tell=pytest.fail,
+        )
 
 
 @pytest.mark.parametrize(
@@ -184,6 +199,7 @@ def test_a_preprocessing_that_is_not_the_weights_own_is_noted(asked, own, note, 
     header = dataclasses.replace(_HEADER, preprocessing=own)
     ours.write(path, _random(Structure("torchvision")), header)
     config = {"name": "resnet50", "variant": "torchvision", "preprocessing": asked}
+    config["head"] = "flatten"
     told = []
     load_initial_weights(_transfer(), config | {"pretrained": str(path)}, tell=told.append)
     notes = told[1:]

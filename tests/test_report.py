@@ -130,6 +130,25 @@ def test_a_tilde_is_the_home(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs.png").exists()
 
 
+def test_files_beside_runs_are_left_out(tmp_path, capsys):
+    """`runs/*` holds a sweep's own table."""
+    run = write_run(tmp_path / "run", make_record())
+    (tmp_path / "sweep.md").write_text("| run |")
+    report.main([run, str(tmp_path / "sweep.md")])
+    told = capsys.readouterr()
+    assert [cells(line)[0] for line in told.out.splitlines()[2:]] == ["run"]
+    assert f"{tmp_path / 'sweep.md'} is a file, not the --workdir of a run; left out" in told.err
+    with pytest.raises(SystemExit) as caught:
+        report.main([str(tmp_path / "sweep.md")])
+    assert caught.value.code == 2 and "no run is left" in capsys.readouterr().err
+
+
+def test_dollars_in_a_name_are_no_mathematics(tmp_path, capsys):
+    runs = [write_run(tmp_path / name, make_record()) for name in ("$lr_{$", "$5 and $6")]
+    report.main([*runs, f"--figure={tmp_path}/runs.png"])
+    assert (tmp_path / "runs.png").exists()
+
+
 def test_runs_of_the_same_name_are_told_by_path(tmp_path, capsys):
     paths = [write_run(tmp_path / seed / "run", make_record()) for seed in ("0", "1")]
     report.main(paths)

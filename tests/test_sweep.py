@@ -12,6 +12,7 @@ import pytest
 
 from cifar_jax import sweep
 from cifar_jax.errors import UserError
+from cifar_jax.lock import locked
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
 from tests.runs import ROOT
 
@@ -153,7 +154,7 @@ def test_features_are_not_for_a_run_of_the_whole_model(tmp_path):
 @pytest.mark.slow
 def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = '[wrong]\nbatch_size = 5000\n\n[right]\ntrain_for = "1 epoch"\n'  # of 1,440 images
+    text = '[wrong]\nfreeze.layers = "layer9"\n\n[right]\ntrain_for = "1 epoch"\n'
     (tmp_path / "sweep.toml").write_text(text)
     with pytest.raises(SystemExit) as caught:
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}"])
@@ -185,6 +186,16 @@ def test_a_stopped_sweep_goes_on(files, tmp_path, number):
     assert again.returncode == 0, again.stderr
     starts = [start["step"] for start in records(workdir)["slow"]["starts"]]
     assert len(starts) == 2 and 0 < starts[1] < 150 * 45
+
+
+def test_a_run_that_outlived_its_sweep_stops_the_next_one(files, tmp_path, capsys):
+    """Else it would count as failed, and another one as the best."""
+    workdir = tmp_path / "runs"
+    with locked(workdir / "slow", setting="--workdir"), pytest.raises(SystemExit) as caught:
+        sweep.main([*files, f"--workdir={workdir}"])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and "slow is in use by another run; wait for it" in told
+    assert not (workdir / "fast").exists() and not (workdir / sweep.RANKING_NAME).exists()
 
 
 WAITER = """
@@ -237,11 +248,16 @@ def test_a_second_signal_reaches_the_run_too(tmp_path):
         ('[""]\nseed = 1', '"" is no table'),
         ('["sweep.md"]\nseed = 1', '"sweep.md" is no table'),
         ('[a]\ncommand = "rm"', 'a.command is "rm"; expected main or features'),
-        ("[a]\ntest = true", "a.test is true; a sweep leaves the test split unread"),
+        ("[a]\ntest = true", "a.test is set; a sweep leaves the test split unread"),
         # Told before the first run, whichever it is of.
         ("[a]\n[b]\noptimizer.lerning_rate = 1", "b: config.optimizer.lerning_rate is no field"),
         ("[a]\n[b]\nema_decay = 2.0", "b: config.ema_decay is 2.0; expected"),
         ('[a]\n[b]\nseed = "x"', "b: flag --config.seed=x"),
+        ("[a]\n[b]\nbatch_size = 5000", "b: config.batch_size is 5000"),  # of 1,440 images
+        (
+            '[a]\n[b]\nmodel.name = "resnet50"\nmodel.pretrained = "none.pth"',
+            "b: config.model.pretrained: none.pth",
+        ),
     ],
 )
 def test_a_wrong_file_is_one_line(files, tmp_path, capsys, text, expected):

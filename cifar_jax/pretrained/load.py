@@ -27,7 +27,11 @@ class Loaded:
 
 
 def load_pretrained(
-    expected: Mapping[str, Any], path: str | os.PathLike, *, variant: str | None = None
+    expected: Mapping[str, Any],
+    path: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    head: str | None = None,
 ) -> Loaded:
     """Reads weights for a model.
 
@@ -40,11 +44,12 @@ def load_pretrained(
             "stage1.block2.conv1.kernel" or "backbone.stage1.block2.conv1.kernel".
         path: a file of ours, or any that `port_weights` reads.
         variant: that of the model; None leaves it to the names.
+        head: the kind of the model's; None leaves it to the names.
 
     Raises:
         UserError: with every difference.
     """
-    return fit(expected, port.read(path), path, variant=variant)
+    return fit(expected, port.read(path), path, variant=variant, head=head)
 
 
 def fit(
@@ -53,6 +58,7 @@ def fit(
     path: str | os.PathLike,
     *,
     variant: str | None = None,
+    head: str | None = None,
 ) -> Loaded:
     """Does what `load_pretrained` does, with weights that have been read from `path`."""
     if variant not in (None, weights.header.variant):
@@ -62,6 +68,12 @@ def fit(
         )
     values = _top_as_head(expected, _as_named_in(expected, weights.values))
     of_model, of_file = ({_part(name) for name in names} for names in (expected, values))
+    own = weights.header.head
+    if "head" in of_file and head is not None and own not in (None, head):
+        raise UserError(
+            f'config.model.head is "{head}", but {path} holds the weights of a "{own}" head; '
+            f"set config.model.head={own}"
+        )
     unused = {name for name in values if _part(name) in _OPTIONAL - of_model}
     fresh = {name for name in expected if _part(name) == "head" and "head" not in of_file}
     kept = {name: array for name, array in values.items() if name not in unused}

@@ -61,7 +61,9 @@ def draw_comparison(
             _plot(axes, evaluation_rows(rows), f"validation_{metric}", by=by, **style)
     # One legend below the panels, a line for each run: names are long, and may be many.
     figure.set_figheight(figure.get_figheight() + 0.22 * len(runs))
-    figure.legend(figure.axes[0].lines, list(runs), loc="outside lower left")
+    legend = figure.legend(figure.axes[0].lines, list(runs), loc="outside lower left")
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # as for a title
     save(figure, path)
 
 

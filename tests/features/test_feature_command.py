@@ -20,8 +20,10 @@ from tests.runs import ROOT
 def test_the_command_ends_with_a_table_and_predictions_work(
     reference, module_config, small_data, no_backbone, tmp_path, capsys, monkeypatch
 ):
-    code, output, _ = run_command(features, flags_of(module_config, reference), capsys, monkeypatch)
+    flags = flags_of(module_config, reference)
+    code, output, told = run_command(features, flags, capsys, monkeypatch)
     assert code == 0
+    assert "; all up to stage4, its norms too, is frozen and computed once; behind it: " in told
     accuracy = read_run_record(reference)["result"]["test_accuracy"]
     assert f"{accuracy:.4f}" in output and "SAMPLE" in output and "curves.png" in output
     assert f"-m cifar_jax.predict --workdir={reference} PICTURE" in output
