@@ -32,7 +32,7 @@ class Duration:
                 f'config.{key} is "{text}"; expected a number and its unit, such as "10 epochs" '
                 'or "500 steps"'
             )
-        return cls(Fraction(number), unit)
+        return cls(Fraction(repr(value)), unit)  # of "1e-9999999" the text would take minutes
 
     def exact_steps(self, steps_per_epoch: int) -> Fraction:
         """Returns the duration in training steps, of which it may hold a part."""

@@ -102,16 +102,17 @@ def _learning(parts: Mapping[str, Any], frozen: Collection[str], batch_norm: str
 def _describe(
     parts: Mapping[str, Any], optimizer: OptimizerConfig, phase: Phase, batch_norm: str
 ) -> str:
-    learning = dict.fromkeys(GROUPS, 0)
-    for name, size in _learning(parts, phase.frozen, batch_norm).items():
-        learning[group_of(name)] += size
-    frozen = sum(_parameters(parts).values()) - sum(learning.values())
+    learning, frozen = (dict.fromkeys(GROUPS, 0) for _ in range(2))
+    learns = _learning(parts, phase.frozen, batch_norm)
+    for name, size in _parameters(parts).items():
+        (learning if name in learns else frozen)[group_of(name)] += size
     rates = ", ".join(
         f"{group} {count:,} at {rate_of(group, optimizer):g}"
         for group, count in learning.items()
         if count
     )
-    return f"{phase.describe()}; parameters and shares of the rate: {rates}; frozen {frozen:,}"
+    kept = ", ".join(f"{group} {count:,}" for group, count in frozen.items() if count) or "none"
+    return f"{phase.describe()}; parameters and shares of the rate: {rates}; not learning: {kept}"
 
 
 def _parameters(parts: Mapping[str, Any]) -> dict[str, int]:

@@ -13,6 +13,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.evaluate import evaluate
 from cifar_jax.models import resnet50 as network
 from cifar_jax.models.registry import create_model
+from cifar_jax.optim import GROUPS
 from cifar_jax.phases import Phase, make_phases
 from cifar_jax.setup import describe_start, set_up
 from cifar_jax.state import named_leaves, split_model
@@ -254,8 +255,11 @@ def test_a_plain_run_says_what_learns(small_config, config):
     assert total - learn == norms
     assert told(config).endswith(" of them learn; batch norms: the backbone's are frozen")
     config.freeze.layers = "stem"
-    kernel = 7 * 7 * 3 * 64
-    assert f"; frozen {norms + kernel:,}; batch norms: the" in told(config)
+    # A stage's norms, where only its convolutions learn; the whole of the stem.
+    kept = {f"stage{i + 1}": 20 * width for i, width in enumerate((64, 128, 256, 512))}
+    kept = kept | {"stem": 7 * 7 * 3 * 64 + 2 * 64}
+    listed = ", ".join(f"{group} {kept[group]:,}" for group in GROUPS if group in kept)
+    assert f"; not learning: {listed}; batch norms: the" in told(config)
 
 
 def test_a_pattern_that_is_in_no_name_is_told(config, tmp_path):

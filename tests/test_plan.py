@@ -55,3 +55,8 @@ def test_periods_in_parts_of_an_epoch_end_with_the_run(steps_per_epoch, tenths, 
 def test_what_is_due_at_the_ends():
     due = [step for step in range(11) if is_due(step, 4, total=10)]
     assert due == [4, 8, 10]  # not before the first update, and once more at the end
+
+
+def test_a_tiny_number_is_read_at_once():
+    """As a fraction of its text it would have ten million digits."""
+    assert Duration.parse("1e-9999999 epochs", key="schedule.warmup").steps(1000) == 0
