@@ -105,7 +105,7 @@ def check_runs(
       UserError: naming file and run, or the flag where it is one of all runs.
     """
     values, _ = read_flags(["config"], ["sweep", *shared])
-    if values.config.test and any(flag.startswith("--config.test=") for flag in shared):
+    if any(flag.startswith("--config.test=") for flag in shared) and values.config.test:
         raise UserError("--config.test: a sweep leaves the test split unread; leave the flag out")
     configs = {}
     for name, (module, *flags) in runs.items():
@@ -131,6 +131,7 @@ def check_files(configs: Mapping[str, dict[str, Any]], path: Path) -> None:
     Raises:
       UserError: naming file and run.
     """
+    # JAX takes seconds to import, and no backend starts: the runs need all of a GPU's memory.
     from cifar_jax.initial import find_weights
     from cifar_jax.plan import make_plan
     from cifar_jax.setup import load_splits

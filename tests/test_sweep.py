@@ -267,3 +267,13 @@ def test_a_wrong_file_is_one_line(files, tmp_path, capsys, text, expected):
     told = capsys.readouterr().err
     assert caught.value.code == 2 and expected in told and told.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_checking_files_starts_no_backend(files):
+    """It would take most of a GPU's memory from the runs."""
+    code = (
+        "import sys, pathlib; from cifar_jax import sweep; path = pathlib.Path(sys.argv[1]);"
+        "sweep.check_files(sweep.check_runs(sweep.read_sweep(path), sys.argv[2:], path), path);"
+        "from jax._src import xla_bridge; sys.exit(len(xla_bridge._backends))"
+    )
+    subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, check=True, timeout=120)
