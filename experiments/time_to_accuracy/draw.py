@@ -40,7 +40,7 @@ def read_curve(run: Path) -> tuple[list[float], list[float]]:
 
 def _whole_seconds(run: Path) -> float:
     """Returns how long the command of a run took, from its run.json."""
-    (start,) = json.loads((run / "run.json").read_text())["starts"]
+    start = json.loads((run / "run.json").read_text())["starts"][0]  # a later one read the test
     began, ended = (datetime.fromisoformat(start[name]) for name in ("started", "ended"))
     return (ended - began).total_seconds()
 
