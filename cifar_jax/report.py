@@ -118,6 +118,7 @@ def _cells(values: dict[str, float], *, missing: str) -> list[str]:
 
 def _names(workdirs: Sequence[str]) -> list[str]:
     """The folders' names, or the paths as they were given where two have the same name."""
+    # Unlike Path.resolve, it takes a loop of links as it is: reading the run tells of that.
     folders = [Path(os.path.realpath(Path(workdir).expanduser())) for workdir in workdirs]
     for number, folder in enumerate(folders):
         if folder in folders[:number]:

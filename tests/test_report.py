@@ -143,6 +143,14 @@ def test_files_beside_runs_are_left_out(tmp_path, capsys):
     assert caught.value.code == 2 and "no run is left" in capsys.readouterr().err
 
 
+def test_a_loop_of_links_is_one_line(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(SystemExit) as caught:
+        report.main([str(tmp_path / "loop")])
+    told = capsys.readouterr().err
+    assert caught.value.code == 2 and str(tmp_path / "loop") in told and told.count("\n") == 1
+
+
 def test_dollars_in_a_name_are_no_mathematics(tmp_path, capsys):
     runs = [write_run(tmp_path / name, make_record()) for name in ("$lr_{$", "$5 and $6")]
     report.main([*runs, f"--figure={tmp_path}/runs.png"])

@@ -276,4 +276,6 @@ def test_checking_files_starts_no_backend(files):
         "sweep.check_files(sweep.check_runs(sweep.read_sweep(path), sys.argv[2:], path), path);"
         "from jax._src import xla_bridge; sys.exit(len(xla_bridge._backends))"
     )
-    subprocess.run([sys.executable, "-c", code, *files], cwd=ROOT, check=True, timeout=120)
+    command = [sys.executable, "-c", code, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
