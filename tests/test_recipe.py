@@ -63,7 +63,8 @@ def create_small(config):
 
 def transfer_state(frozen=(), batch_norm="frozen", config=SGD, recipe=Recipe()):  # noqa: B008
     phase = Phase(0, 1, tuple(frozen))
-    settings = {"model": {"upsampling": 1}, "freeze": {"batch_norm": batch_norm}}
+    model = {"upsampling": 1, "batch_norm": "train"}
+    settings = {"model": model, "freeze": {"batch_norm": batch_norm}}
     structure = make_structures(create_small, settings, (phase,))[phase]
     state = create_state(create_small({"upsampling": 1}), optimizer_of(config), seed=0)
     return state.replace(
