@@ -64,6 +64,8 @@ def load_initial_weights(
     """
     path = find_weights(config)
     if path is None:
+        if config["name"] == "resnet50":
+            tell('all weights start at random: config.model.pretrained is "none"')
         return None
     loaded = load_pretrained(expected, path, variant=config["variant"], head=config["head"])
     fresh = f"; the head ({len(loaded.fresh)} tensors) starts anew" if loaded.fresh else ""

@@ -207,6 +207,15 @@ def test_a_preprocessing_that_is_not_the_weights_own_is_noted(asked, own, note, 
     assert all(line.startswith("note: ") and note in line for line in notes)
 
 
+def test_a_network_of_random_weights_says_that_it_is_one():
+    told = {"resnet50": [], "mlp": []}
+    for name, lines in told.items():
+        config = {"name": name, "variant": "keras", "pretrained": "none", "batch_norm": "train"}
+        assert load_initial_weights({}, config, tell=lines.append) is None
+    starts = 'all weights start at random: config.model.pretrained is "none"'
+    assert told == {"resnet50": [starts], "mlp": []}
+
+
 @pytest.mark.parametrize(
     ("pretrained", "variant"), [("keras", "torchvision"), ("torchvision", "keras")]
 )
