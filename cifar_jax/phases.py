@@ -52,8 +52,12 @@ def parse_spans(text: str, *, key: str) -> list[Span]:
                 "commas between them, of which only the last may have no end"
             )
         if " until " in end:
-            raise UserError(f'config.{key} is "{text}"; "{part}" has two ends: expected one')
-        spans.append(Span(tuple(words.split()), Duration.parse(end, key=key) if until else None))
+            raise UserError(
+                f'config.{key} is "{text}"; "{part}" has two ends: expected one, and a comma '
+                "between two parts"
+            )
+        ends = f'{key}: the end of "{part}"'
+        spans.append(Span(tuple(words.split()), Duration.parse(end, key=ends) if until else None))
     return spans
 
 

@@ -1,14 +1,14 @@
 """Step arithmetic: when a run logs, evaluates and saves, and how its steps fall into calls."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
 from cifar_jax import config as configuration
 from cifar_jax.durations import Duration, nearest_step
 from cifar_jax.errors import UserError
-from cifar_jax.phases import Phase, make_phases
+from cifar_jax.phases import FREEZE, PROGRESSIVE, Phase, make_phases
 
 INT32_MAX = 2**31 - 1  # of the state's step counter
 
@@ -58,7 +58,8 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
       train_count: images of the training split.
 
     Raises:
-      UserError: for a batch larger than the split, or impossible durations.
+      UserError: for a batch larger than the split, for impossible durations, or where the run or
+        a phase would end between two updates.
     """
     batch_size = config["batch_size"]
     steps_per_epoch = train_count // batch_size
@@ -68,6 +69,7 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
         )
     steps = durations_in_steps(config, steps_per_epoch)
     phases = make_phases(config, steps_per_epoch=steps_per_epoch, total=steps["train_for"])
+    _check_updates(config["optimizer"]["accumulate"], steps["train_for"], phases)
     return Plan(
         seed=config["seed"],
         batch_size=batch_size,
@@ -81,6 +83,19 @@ def make_plan(config: Mapping[str, Any], *, train_count: int) -> Plan:
         checkpoint_every=steps["checkpoint_every"],
         phases=tuple(phases),
     )
+
+
+def _check_updates(steps_an_update: int, total: int, phases: Iterable[Phase]) -> None:
+    """Refuses a run or phase that would end between two updates."""
+    ends = [(total, "train_for")]
+    ends += [(phase.start, f"{FREEZE} or config.{PROGRESSIVE}") for phase in phases]
+    for step, key in ends:
+        if step % steps_an_update:
+            raise UserError(
+                f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
+                f"{step}, the steps up to an end in config.{key} (ends in epochs are cut to "
+                "whole updates)"
+            )
 
 
 def durations_in_steps(

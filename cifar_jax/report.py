@@ -127,6 +127,22 @@ def _names(workdirs: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(workdirs)
 
 
+def _without_others(paths: Sequence[str]) -> list[str]:
+    """Leaves out, and tells, what of `runs/*` is no run, such as a sweep's own table."""
+    if len(paths) == 1:
+        return list(paths)
+    workdirs = []
+    for each in paths:
+        path = Path(each).expanduser()
+        if path.is_file():
+            tell(f"note: {each} is a file, not the --workdir of a run; left out")
+        elif path.is_dir() and not (path / RECORD_NAME).exists():
+            tell(f"note: {each} has no {RECORD_NAME}, which every run has; left out")
+        else:
+            workdirs.append(each)
+    return workdirs
+
+
 def _read_run(workdir: str) -> tuple[dict, list[dict]]:
     workdir = Path(workdir).expanduser()
     record = read_run_record(workdir)
@@ -156,10 +172,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise UserError(f"--figure={options.figure}: there is no folder {figure.parent}")
         if figure and figure.is_dir():
             raise UserError(f"--figure={options.figure}: is a folder; name a file to write")
-        workdirs = [each for each in options.runs if not Path(each).expanduser().is_file()]
-        for each in options.runs:
-            if each not in workdirs:  # of runs/*, a sweep's own table
-                tell(f"note: {each} is a file, not the --workdir of a run; left out")
+        workdirs = _without_others(options.runs)
         runs = {
             name: _read_run(workdir)
             for name, workdir in zip(_names(workdirs), workdirs, strict=True)

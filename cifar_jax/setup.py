@@ -16,12 +16,18 @@ from cifar_jax.errors import UserError, tell
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.optim import OptimizerConfig, has_groups, make_optimizer, make_schedule
 from cifar_jax.parallel import check_batch_size
-from cifar_jax.phases import FREEZE, PROGRESSIVE, Phase
+from cifar_jax.phases import Phase
 from cifar_jax.plan import Plan, make_plan
 from cifar_jax.pretrained.load import Loaded
 from cifar_jax.recipe import Recipe
 from cifar_jax.recording.run_record import describe_environment
-from cifar_jax.state import TrainState, count_parameters, create_state, model_leaves
+from cifar_jax.state import (
+    TrainState,
+    count_parameters,
+    create_state,
+    model_leaves,
+    split_model,
+)
 from cifar_jax.structures import CreateModel, count_learning, describe_groups, make_structures
 
 _BATCH_NORMS = {
@@ -116,7 +122,6 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     plan = make_plan(config, train_count=len(splits["train"]))
     optimizer = OptimizerConfig(**config["optimizer"])
     steps_an_update = optimizer.accumulate
-    _check_accumulation(plan, steps_an_update)
     schedule = make_schedule(
         optimizer.learning_rate,
         name=config["schedule"]["name"],
@@ -148,17 +153,20 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
     )
 
 
-def _check_accumulation(plan: Plan, steps_an_update: int) -> None:
-    """Refuses a run or phase that would end between two updates."""
-    ends = [(plan.total, "train_for")]
-    ends += [(phase.start, f"{FREEZE} or config.{PROGRESSIVE}") for phase in plan.phases]
-    for step, key in ends:
-        if step % steps_an_update:
-            raise UserError(
-                f"config.optimizer.accumulate is {steps_an_update}; expected a divisor of "
-                f"{step}, the steps up to an end in config.{key} (ends in epochs are cut to "
-                "whole updates)"
-            )
+def check_model(config: Mapping[str, Any], plan: Plan, model: CreateModel) -> None:
+    """Refuses weights and patterns that do not fit the model, without starting a JAX backend.
+
+    Args:
+      config: as `config.to_dict` gives it.
+      plan: of the run.
+      model: creates what is trained, from `config.model`.
+
+    Raises:
+      UserError: as at the run's start.
+    """
+    make_structures(model, config, plan.phases)
+    parts = split_model(nnx.eval_shape(lambda: model(config["model"])))[1]
+    load_initial_weights(model_leaves(parts), config["model"], tell=lambda line: None)
 
 
 def title(setup: Setup) -> str:

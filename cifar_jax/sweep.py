@@ -27,6 +27,7 @@ python -m cifar_jax.evaluate --workdir=WORKDIR/NAME --split=test
 import argparse
 import contextlib
 import dataclasses
+import functools
 import re
 import shlex
 import subprocess
@@ -121,10 +122,13 @@ def check_runs(
     return configs
 
 
-def check_files(configs: Mapping[str, dict[str, Any]], path: Path) -> None:
+def check_files(
+    runs: Mapping[str, list[str]], configs: Mapping[str, dict[str, Any]], path: Path
+) -> None:
     """Refuses what images or weights do not allow; both are fetched where they are missing.
 
     Args:
+      runs: as `read_sweep` gives them.
       configs: as `check_runs` gives them, of the runs that are still to start.
       path: of the sweep's file.
 
@@ -133,17 +137,25 @@ def check_files(configs: Mapping[str, dict[str, Any]], path: Path) -> None:
     """
     # JAX takes seconds to import, and no backend starts: the runs need all of a GPU's memory.
     from cifar_jax.initial import find_weights
+    from cifar_jax.models.registry import create_model
     from cifar_jax.plan import make_plan
-    from cifar_jax.setup import load_splits
+    from cifar_jax.setup import check_model, load_splits
 
+    create = functools.partial(create_model, seed=0)
     counts: dict[str, int] = {}  # of training images, by what is said of the data
+    checked = set()  # reading weights and making a ResNet-50's structure take a second
     for name, config in configs.items():
         with _naming(path, name):
-            find_weights(config["model"])
             data = str(config["data"])
             if data not in counts:
                 counts[data] = len(load_splits(config)[1]["train"])
-            make_plan(config, train_count=counts[data])
+            plan = make_plan(config, train_count=counts[data])
+            model = str((config["model"], config["freeze"], plan.phases))
+            if runs[name][0].endswith(".features"):
+                find_weights(config["model"])
+            elif model not in checked:
+                check_model(config, plan, create)
+                checked.add(model)
 
 
 @contextlib.contextmanager
@@ -267,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir={workdir}: is a file; name a folder")
         new = {name: each for name, each in configs.items() if not (workdir / name).exists()}
-        check_files(new, options.sweep)
+        check_files(runs, new, options.sweep)
         failed = run_all(runs, shared, workdir)
         ranking = rank(list(runs), workdir, failed=failed)
         table = format_ranking(ranking)

@@ -114,7 +114,11 @@ def test_an_mlp_has_no_use_for_it(key, value):
             'epoch until 2 epochs" has two ends',
         ),
         ("freeze.layers", "until 2 epochs", 'expected parts such as "NAMES until 2 epochs"'),
-        ("freeze.layers", "stem until noon", 'expected a number and its unit, such as "10 epochs"'),
+        (
+            "freeze.layers",
+            "stem until noon",
+            'the end of "stem until noon" is "noon"; expected a number and its unit',
+        ),
         ("progressive", "9 until 1 epoch", "expected upsamplings of 1 to 8"),
         ("progressive", "2", "expected upsamplings of 1 to 8"),
         ("progressive", "2 4 until 1 epoch", "expected upsamplings of 1 to 8"),

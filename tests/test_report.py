@@ -130,17 +130,21 @@ def test_a_tilde_is_the_home(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "runs.png").exists()
 
 
-def test_files_beside_runs_are_left_out(tmp_path, capsys):
-    """`runs/*` holds a sweep's own table."""
+def test_what_is_no_run_beside_runs_is_left_out(tmp_path, capsys):
+    """`runs/*` holds a sweep's own table, and the folders of sweeps."""
     run = write_run(tmp_path / "run", make_record())
+    write_run(tmp_path / "sweep" / "run", make_record())
+    others = [str(tmp_path / "sweep.md"), str(tmp_path / "sweep")]
     (tmp_path / "sweep.md").write_text("| run |")
-    report.main([run, str(tmp_path / "sweep.md")])
+    report.main([run, *others])
     told = capsys.readouterr()
     assert [cells(line)[0] for line in told.out.splitlines()[2:]] == ["run"]
-    assert f"{tmp_path / 'sweep.md'} is a file, not the --workdir of a run; left out" in told.err
-    with pytest.raises(SystemExit) as caught:
-        report.main([str(tmp_path / "sweep.md")])
-    assert caught.value.code == 2 and "no run is left" in capsys.readouterr().err
+    assert f"{others[0]} is a file, not the --workdir of a run; left out" in told.err
+    assert f"{others[1]} has no run.json, which every run has; left out" in told.err
+    for given, message in ((others, "no run is left"), (others[:1], "run.json: not found; give")):
+        with pytest.raises(SystemExit) as caught:
+            report.main(given)
+        assert caught.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_a_loop_of_links_is_one_line(tmp_path, capsys):

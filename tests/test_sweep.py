@@ -13,7 +13,10 @@ import pytest
 from cifar_jax import sweep
 from cifar_jax.errors import UserError
 from cifar_jax.lock import locked
+from cifar_jax.pretrained import ours
+from cifar_jax.pretrained.names import Structure, shapes
 from cifar_jax.recording.metrics_log import evaluation_rows, read_rows
+from tests.port_sources import random_array
 from tests.runs import ROOT
 
 SWEEP = """
@@ -255,6 +258,12 @@ def test_a_second_signal_reaches_the_run_too(tmp_path):
         ('[a]\n[b]\nseed = "x"', "b: flag --config.seed=x"),
         ("[a]\n[b]\nbatch_size = 5000", "b: config.batch_size is 5000"),  # of 1,440 images
         (
+            '[a]\n[b]\ntrain_for = "9 steps"\noptimizer.accumulate = 2',
+            "b: config.optimizer.accumulate is 2",
+        ),
+        ('[a]\n[b]\nfreeze.layers = "dense9"', 'b: config.freeze.layers has "dense9"'),
+        ('[a]\n[b]\nfreeze.layers = "dense1 dense2 dense3"', "which leaves nothing to train"),
+        (
             '[a]\n[b]\nmodel.name = "resnet50"\nmodel.pretrained = "none.pth"',
             "b: config.model.pretrained: none.pth",
         ),
@@ -269,13 +278,41 @@ def test_a_wrong_file_is_one_line(files, tmp_path, capsys, text, expected):
     assert not (tmp_path / "runs").exists()
 
 
-def test_checking_files_starts_no_backend(files):
+CHECK = """
+import pathlib, sys
+
+from jax._src import xla_bridge
+
+from cifar_jax import sweep
+from cifar_jax.errors import UserError
+
+path = pathlib.Path(sys.argv[1])
+runs = sweep.read_sweep(path)
+try:
+    sweep.check_files(runs, sweep.check_runs(runs, sys.argv[2:], path), path)
+except UserError as error:
+    print(error)
+sys.exit(len(xla_bridge._backends))
+"""
+TRANSFER = """
+[fits]
+model.variant = "torchvision"
+
+[other]
+model.variant = "keras"
+"""
+
+
+def test_weights_that_do_not_fit_are_told_and_no_backend_starts(files, tmp_path):
     """It would take most of a GPU's memory from the runs."""
-    code = (
-        "import sys, pathlib; from cifar_jax import sweep; path = pathlib.Path(sys.argv[1]);"
-        "sweep.check_files(sweep.check_runs(sweep.read_sweep(path), sys.argv[2:], path), path);"
-        "from jax._src import xla_bridge; sys.exit(len(xla_bridge._backends))"
-    )
-    command = [sys.executable, "-c", code, *files]
+    weights = tmp_path / "w.safetensors"
+    structure = Structure("torchvision")
+    values = {name: random_array(name, shape) for name, shape in shapes(structure).items()}
+    ours.write(weights, values, ours.Header("a", "0", "1", "test", *["torchvision"] * 2, "unknown"))
+    path = tmp_path / "sweep.toml"
+    path.write_text(TRANSFER)
+    flags = ["name=resnet50", "head=pooled", f"pretrained={weights}"]
+    command = [sys.executable, "-c", CHECK, *files, *(f"--config.model.{flag}" for flag in flags)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f'{path}: other: config.model.variant is "keras", but {weights}')

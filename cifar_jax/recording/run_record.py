@@ -110,7 +110,9 @@ def read_run_record(workdir: str | os.PathLike) -> dict:
     try:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{path}: not found; give the --workdir of a run") from None
+        raise UserError(
+            f"{path}: not found; give the --workdir of a run (those of a sweep lie in its own)"
+        ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
