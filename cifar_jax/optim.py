@@ -1,12 +1,41 @@
 """The optimizer: schedules and the optax chain, from plain values."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import optax
 
 GROUPS = ("head", "stage4", "stage3", "stage2", "stage1", "stem")  # from the loss backwards
+
+# What only some optimizers and schedules read: its value in configs/common.py, and which they are.
+READ_BY = {
+    "optimizer.momentum": (0.0, ("rmsprop", "sgd")),
+    "optimizer.nesterov": (False, ("sgd",)),
+    "optimizer.decay": (0.9, ("rmsprop",)),
+    "optimizer.beta1": (0.9, ("adam", "adamw")),
+    "optimizer.beta2": (0.999, ("adam", "adamw")),
+    "optimizer.epsilon": (1e-7, ("rmsprop", "adam", "adamw")),
+    "schedule.final_fraction": (0.0, ("cosine", "linear")),
+}
+
+
+def unread(config: Mapping[str, Any]) -> list[str]:
+    """Returns a line for each field of optimizer and schedule that is set and has no effect.
+
+    Args:
+      config: as `config.to_dict` gives it.
+    """
+    lines = []
+    for key, (default, readers) in READ_BY.items():
+        of, field = key.split(".")
+        name, value = config[of]["name"], config[of][field]
+        if value != default and name not in readers:
+            lines.append(
+                f'config.{key} is {value!r}, which config.{of}.name="{name}" does not read'
+            )
+    return lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ from cifar_jax.data.sources import Dataset, load
 from cifar_jax.data.splits import Split, fingerprint, make_splits
 from cifar_jax.errors import UserError, tell
 from cifar_jax.initial import load_initial_weights
-from cifar_jax.optim import OptimizerConfig, has_groups, make_optimizer, make_schedule
+from cifar_jax.optim import OptimizerConfig, has_groups, make_optimizer, make_schedule, unread
 from cifar_jax.parallel import check_batch_size
 from cifar_jax.phases import Phase
 from cifar_jax.plan import Plan, make_plan
@@ -116,6 +116,8 @@ def set_up(config: dict[str, Any], model: CreateModel) -> Setup:
       UserError: without the images, or for numbers that do not fit them.
     """
     environment = describe_environment()  # and the time: what follows may fetch images
+    for line in unread(config):
+        tell(f"note: {line}")
     data, splits = load_splits(config)
     for key in ("batch_size", "eval_batch_size"):
         check_batch_size(config[key], key=key)

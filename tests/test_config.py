@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import importlib
 import json
 import re
@@ -19,7 +20,7 @@ from cifar_jax.errors import UserError
 from cifar_jax.initial import load_initial_weights
 from cifar_jax.models.registry import create_model
 from cifar_jax.optim import OptimizerConfig
-from cifar_jax.setup import Setup
+from cifar_jax.setup import Setup, set_up
 from cifar_jax.train import train_and_evaluate
 from cifar_jax.trained import load_trained
 from configs import common, mlp, resnet50
@@ -189,3 +190,9 @@ def test_a_run_of_another_version_is_told(small_config, tmp_path, monkeypatch, r
     arguments = (tmp_path,) if read is load_trained else (small_config, tmp_path)
     with pytest.raises(UserError, match="of another version of cifar_jax, .* data.images_a_class"):
         read(*arguments)
+
+
+def test_what_is_not_read_is_told_at_the_start(small_config, capsys):
+    small_config.optimizer.beta1 = 0.5
+    set_up(configuration.to_dict(small_config), functools.partial(create_model, seed=0))
+    assert "note: config.optimizer.beta1 is 0.5, which config.optim" in capsys.readouterr().err

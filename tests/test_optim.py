@@ -9,7 +9,9 @@ import optax
 import pytest
 import torch
 
-from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule
+from cifar_jax.config import to_dict
+from cifar_jax.optim import OptimizerConfig, make_optimizer, make_schedule, unread
+from configs import common
 
 BASE = OptimizerConfig(
     name="rmsprop",
@@ -61,6 +63,31 @@ def test_every_field_changes_an_update(name, field, value):
     changed = dataclasses.replace(base, **{field: value})
     same = jax.tree.map(lambda a, b: bool(jnp.all(a == b)), run(base), run(changed))
     assert not same["dense1"]["kernel"]
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "sgd", "adam", "adamw"])
+@pytest.mark.parametrize("field", ["momentum", "nesterov", "decay", "beta1", "beta2", "epsilon"])
+def test_a_field_is_read_where_it_is_said_to_be(name, field):
+    """A value that changes nothing is noted at a run's start."""
+    config = to_dict(common.get_config())
+    base = dataclasses.replace(BASE, name=name, momentum=0.9 if field == "nesterov" else 0.0)
+    value = True if field == "nesterov" else 0.5
+    changed = dataclasses.replace(base, **{field: value})
+    same = jax.tree.map(np.array_equal, run(base), run(changed))
+    assert unread(config) == []
+    config["optimizer"] |= {"name": name, field: value}
+    note = (
+        f'config.optimizer.{field} is {value}, which config.optimizer.name="{name}" does not read'
+    )
+    assert unread(config) == ([note] if same["dense1"]["kernel"] else [])
+
+
+def test_a_constant_rate_has_no_final_fraction():
+    config = to_dict(common.get_config())
+    config["schedule"] |= {"name": "linear", "final_fraction": 0.5}
+    assert unread(config) == []
+    config["schedule"]["name"] = "constant"
+    assert len(unread(config)) == 1 and "schedule.final_fraction is 0.5" in unread(config)[0]
 
 
 def test_nesterov_changes_momentum():
