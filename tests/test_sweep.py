@@ -157,8 +157,9 @@ def test_features_are_not_for_a_run_of_the_whole_model(tmp_path):
 @pytest.mark.slow
 def test_a_failed_run_is_told_and_the_others_are_made(files, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = '[wrong]\nfreeze.layers = "layer9"\n\n[right]\ntrain_for = "1 epoch"\n'
-    (tmp_path / "sweep.toml").write_text(text)
+    (tmp_path / "sweep.toml").write_text('[wrong]\n[right]\ntrain_for = "1 epoch"\n')
+    (tmp_path / "runs" / "wrong").mkdir(parents=True)
+    (tmp_path / "runs" / "wrong" / "checkpoints").write_text("a file where a folder is to be")
     with pytest.raises(SystemExit) as caught:
         sweep.main([*files, f"--workdir={tmp_path / 'runs'}"])
     told = capfd.readouterr()
