@@ -111,7 +111,7 @@ def read_run_record(workdir: str | os.PathLike) -> dict:
         record = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
-            f"{path}: not found; give the --workdir of a run (a sweep's are folders in its own)"
+            f"{path}: not found; give the --workdir of a run (of a sweep: a folder in it)"
         ) from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
